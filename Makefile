@@ -1,0 +1,54 @@
+# The workspace's commands. Each says what it does before it does it; `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# The locked torch runs on a CPU too. On Linux `make install TORCH=cpu` takes the build without CUDA, and none of NVIDIA's packages
+TORCH ?= cuda
+
+.PHONY: help install run test lab export lock clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## make .venv from the lock
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@echo "install: the locked packages into $(VENV) (several GB on Linux, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "install: Python 3.11 or newer is needed; name it, e.g. make run PYTHON=python3.12")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+ifeq ($(TORCH),cpu)
+	@uv pip install --python $(VENV) --torch-backend cpu $$(grep -oE '^(torch|torchvision)==[0-9.]+' requirements.txt)
+	@uv pip install --python $(VENV) --require-hashes --excludes <(grep -oE '^(cuda|nvidia|triton)[a-z0-9-]*' requirements.txt) -r requirements.txt
+else
+	@uv pip install --python $(VENV) --require-hashes -r requirements.txt
+endif
+	@uv pip install --python $(VENV) --no-deps --no-build-isolation --quiet --editable .
+	@touch $@
+
+run: install  ## pictures in, judged detector out
+	@echo "run: fetch, ingest, split, train, evaluate; only what changed"
+	@$(if $(wildcard .git),test ! -e .dvc/config.local || dvc config --local --unset core.no_scm,dvc config --local core.no_scm true)
+	@dvc repro
+	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters"
+	@dvc metrics show data/reports/evaluate.json
+
+test: install  ## every notebook, every rule, the whole pipeline on a small setting
+	@echo "test: api notebooks, rules, end to end"
+	@python -m pytest
+
+lab: install  ## JupyterLab on this workspace
+	@jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/README.md
+
+export: install  ## nbs_lib from the notebooks, and the notebooks cleaned
+	@nbdev_export
+	@nbdev_clean
+
+lock: install  ## requirements.txt anew from pyproject.toml
+	@uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header --upgrade --quiet --output-file requirements.txt
+
+clean:  ## remove what can be made again, but not .venv and not your data
+	@rm -rf data/cache data/runs data/interim data/processed data/models data/raw/fetched

@@ -1,0 +1,205 @@
+"""Run one stage notebook: `python -m flows.stage train -p epochs 50`.
+
+The executed notebook and its HTML are kept in `data/runs/<run id>/`, also of a run that failed or was stopped; nothing the notebook
+started outlives the runner.
+"""
+import argparse, difflib, logging, os, re, secrets, signal, subprocess, sys, textwrap
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+
+from flows.reaper import find, gone, marked, reap
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = Path("data/runs")
+# A container may mount this repository at the same path: its pids mean nothing here.
+HOME = f"{os.uname().nodename}:{ROOT}"
+# nbconvert's page without the scripts that it would load from the network.
+PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in
+    ("html_head_js", "jupyter_widgets", "html_head_js_mathjax", "html_head_js_mermaidjs"))
+
+
+def refuse(why: str  # one line: what, where, what to do
+          ):
+    "Say why nothing was started, and exit."
+    print(why, file=sys.stderr)
+    sys.exit(2)
+
+
+def nearest(name, names):
+    "A hint at the name that was probably meant."
+    return "".join(f", did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
+
+
+def stage_notebook(name):
+    "The notebook of a stage."
+    stages = {path.stem.partition("_")[2]: path for path in sorted(Path("notebooks/stages").glob("[0-9]*_*.ipynb"))}
+    return stages.get(name) or refuse(f"no stage {name!r}{nearest(name, stages)} (stages: {', '.join(stages)})")
+
+
+def parameters(notebook, given):
+    "The given parameters, typed as `papermill -p` does; refuses what papermill would only warn of or find out late."
+    # Optional imports of jsonschema and papermill that no notebook needs and that take longer than all others together.
+    sys.modules.update(rfc3987_syntax=None, pyarrow=None)
+    for name in ("papermill", "traitlets"): logging.getLogger(name).setLevel(logging.CRITICAL)  # the runner tells what failed
+    import papermill, papermill.cli
+    from jupyter_client.kernelspec import KernelSpecManager
+    try:
+        kernel = papermill.utils.nb_kernel_name(papermill.iorw.load_notebook_node(str(notebook)))
+        known, kernels = papermill.inspect_notebook(notebook), KernelSpecManager().find_kernel_specs()
+    except ValueError as error: refuse(f"{notebook}: {error}")
+    if kernel not in kernels: refuse(f"{notebook} needs the kernel {kernel!r}, which is not installed (kernels: {', '.join(kernels)})")
+    if not known: refuse(f"{notebook} has no cell tagged `parameters` with parameters in it")
+    for name, _ in given:
+        if name not in known: refuse(f"{notebook} has no parameter {name!r}{nearest(name, known)} (parameters: {', '.join(known)})")
+    return {name: papermill.cli._resolve_type(value) for name, value in given}
+
+
+def dvc():
+    "The process of the `dvc` command that runs this stage, if one does."
+    for process in psutil.Process().parents() if "DVC_STAGE" in os.environ else ():
+        with suppress(psutil.Error):
+            if "dvc" in (Path(part).name for part in process.cmdline()[:3]): return process
+
+
+def run_id(starter: psutil.Process  # whose stages share the id
+          ):
+    "The run id that was given, or the starter's."
+    if given := os.environ.get("NBS_RUN_ID"):
+        if given == "latest" or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", given):
+            refuse(f"NBS_RUN_ID={given!r} cannot name a folder: letters, digits, '.', '_' and '-', not 'latest'")
+        return given
+    start = datetime.fromtimestamp(starter.create_time(), UTC)
+    # The system corrects its clock, and with it start times: a later stage may see another second.
+    ids = [f"{start + timedelta(seconds=off):%Y%m%d-%H%M%S}-{starter.pid}" for off in (0, -1, 1)]
+    return next((id for id in ids if (RUNS/id).exists()), ids[0])
+
+
+def run_folder(id):
+    "Make the folder of a run and let `latest` point at it."
+    folder, link = RUNS/id, RUNS/f".latest-{os.getpid()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # a file system without links goes without
+        link.symlink_to(id)
+        link.replace(RUNS/"latest")
+    return folder
+
+
+def end_survivors():
+    "End what an earlier run of this repository left, when its reaper was killed as well."
+    left = set()
+    for process, env in marked():
+        with suppress(psutil.NoSuchProcess):
+            if env.get("NBS_STAGE_ROOT") == HOME and orphan(process, env["NBS_STAGE_RUNNER"]): left.add(env["NBS_STAGE_TOKEN"])
+    for token in left: reap(token)
+    if left: print(f"ended what {len(left)} killed run(s) of this repository had left running", file=sys.stderr)
+
+
+def orphan(process, runner):
+    "Whether a process has outlived its runner; a holder of the runner's pid that is younger than the process is not the runner."
+    holder = find(runner)
+    return gone(holder) or holder.create_time() > process.create_time()
+
+
+def note_signals(stopped: list  # to receive the signals
+                ):
+    "Note Ctrl-C, TERM and HUP, no more: an exception from a handler may get lost in a library's clean-up."
+    def note(number, _):
+        stopped.append(signal.Signals(number))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN: signal.signal(number, note)  # nohup stays nohup
+
+
+def start_reaper(token, dvc):
+    "Start the watchdog; leaving its `with` block ends the pipe, then waits until nothing of the stage is left."
+    pids = [str(os.getpid()), *([str(dvc.pid)] if dvc else [])]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("NBS_STAGE_")}
+    return subprocess.Popen([sys.executable, "-m", "flows.reaper", token, *pids], cwd=ROOT, env=env, stdin=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def mark_environment(id, token):
+    "What the kernel and all that it starts inherit: this repository's own library, no progress bars, the run, the marks."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.update(PYTHONPATH=path, TQDM_DISABLE="1", NBS_RUN_ID=id, NBS_STAGE_TOKEN=token, NBS_STAGE_ROOT=HOME,
+                      NBS_STAGE_RUNNER=str(os.getpid()))
+
+
+def execute(notebook, executed, parameters):
+    "Run the notebook; why it failed, or nothing."
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from traitlets.config import Config
+    config = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns that it is open to eavesdropping
+    try:
+        # The idle message of a cell may be late on a busy machine: the default of 4 s would end a training.
+        nb = papermill.execute_notebook(notebook, executed, parameters, progress_bar=False, stdout_file=sys.stdout,
+                                        stderr_file=sys.stderr, iopub_timeout=60, config=config)
+    except papermill.PapermillExecutionError as error: return f"{error.ename}: {error.evalue}"
+    except DeadKernelError: return "the kernel died (killed, crashed or out of memory)"
+    except Exception as error: return f"{type(error).__name__}: {error}"
+    # papermill takes an exit with status 0 for a success.
+    if nb.metadata.papermill.exception: return "SystemExit: a cell ended the notebook, the cells after it did not run"
+
+
+def html_exporter(notebook):
+    "An exporter that has rendered once: the import and the first rendering take a second, which passes while the kernel starts."
+    from nbconvert import HTMLExporter
+    exporter = HTMLExporter(raw_template=PAGE)
+    exporter.from_filename(str(notebook))
+    return exporter
+
+
+def export(executed, why, exporter):
+    "Write the HTML of the executed notebook; papermill heads it only with the error of a cell, other ends are added."
+    import nbformat
+    nb = nbformat.read(executed, as_version=4)
+    if why and "papermill-error-cell-tag" not in nb.cells[0].metadata.get("tags", []):
+        nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"**{why}**", metadata={"tags": ["papermill-error-cell-tag"]}))
+        nbformat.write(nb, executed)
+    html, _ = exporter.from_notebook_node(nb, {"metadata": {"name": executed.stem}})
+    draft = executed.with_suffix(".html.tmp")
+    draft.write_text(html, encoding="utf-8")
+    draft.replace(executed.with_suffix(".html"))
+
+
+def run(stage, given, token, stopped):
+    "Execute and export; why it failed and where to look, or nothing."
+    starter = dvc()
+    notebook, id = stage_notebook(stage), run_id(starter or psutil.Process())
+    given = parameters(notebook, given)
+    end_survivors()
+    executed = run_folder(id)/notebook.name
+    with start_reaper(token, starter), ThreadPoolExecutor(1) as pool:
+        mark_environment(id, token)
+        exporter = pool.submit(html_exporter, notebook)
+        why = stopped or execute(notebook, executed, given)
+        if stopped: why = f"Stopped by {stopped[0].name}"
+        if executed.exists(): export(executed, why, exporter.result())
+    return why and f"{textwrap.shorten(why, 300)}\nsee {executed.with_suffix('.html')}"
+
+
+def main():
+    "Run the stage that the command line names."
+    parser = argparse.ArgumentParser(prog="python -m flows.stage", description="Run one stage notebook.")
+    parser.add_argument("stage", help="its notebook's name without the number")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a parameter, as `papermill -p`")
+    args, token, stopped = parser.parse_args(), secrets.token_hex(8), []
+    note_signals(stopped)
+    os.chdir(ROOT)  # relative paths: a brace in an absolute one would be a format field to papermill
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(run, args.stage, args.p, token, stopped)
+        while wait([work], 0.2).not_done:
+            if stopped: reap(token)
+    try: why = work.result()
+    except Exception as error: why = f"{type(error).__name__}: {error}"
+    if stopped: print(f"{args.stage} stopped: {stopped[0].name}", file=sys.stderr)
+    elif why: print(f"{args.stage} failed: {why}", file=sys.stderr)
+    sys.exit(128 + stopped[0] if stopped else bool(why))
+
+
+if __name__ == "__main__": main()

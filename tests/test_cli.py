@@ -1,0 +1,45 @@
+"`nbs` as people and programs call it."
+import json, subprocess, sys
+from pathlib import Path
+
+NBS = Path(sys.executable).parent/"nbs"
+
+
+def nbs(*args, status=0):
+    done = subprocess.run([NBS, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_ingest_blood_cells(real, tmp_path):
+    report = json.loads(nbs("ingest", real/"bccd", "--format", "voc", "--out", tmp_path/"out", "--json"))
+    assert (report["pictures"], report["samples"], report["boxes_kept"], report["letters"]) == (364, 364, 4886, {"empty_box": 2})
+    coco = json.loads((tmp_path/"out/annotations.json").read_text())
+    assert [a["id"] for a in coco["annotations"]] == list(range(1, 4887))
+    assert all((tmp_path/"out/images"/im["file_name"]).exists() for im in coco["images"])
+    letters = json.loads(nbs("letters", tmp_path/"out/dead_letters.jsonl", "--json"))
+    assert [(l["code"], l["file"]) for l in letters] == [("empty_box", f"BCCD/Annotations/BloodImage_{n}.xml") for n in ("00338", "00343")]
+
+
+def test_evaluate_coco(real):
+    "COCO's own detections on COCO's own pictures give COCO's own numbers."
+    case = real/"cocoeval/A_val2014_fake100"
+    found = json.loads(nbs("evaluate", "--truth", case/"instances_val2014_100.json", "--detections", case/"instances_val2014_fakebbox100_results.json", "--json"))
+    published = json.loads((case/"expected.json").read_text())["published"]
+    for theirs, number in published.items(): assert abs(found[theirs.replace("AP", "map").replace("AR", "mar")] - number) < 1e-4, theirs
+
+
+def test_wrong_calls(tmp_path):
+    (tmp_path/"empty").mkdir()
+    assert "no such folder" in nbs("ingest", tmp_path/"absent", "--format", "coco", "--out", tmp_path/"o", status=2)
+    assert "is empty" in nbs("ingest", tmp_path/"empty", "--format", "coco", "--out", tmp_path/"o", status=2)
+    assert "Did you mean 'coco'?" in nbs("ingest", tmp_path/"empty", "--format", "coc", "--out", tmp_path/"o", status=2)
+    assert "no such file" in nbs("letters", tmp_path/"absent.jsonl", status=2)
+    (tmp_path/"t.json").write_text("{")
+    assert "not JSON" in nbs("evaluate", "--truth", tmp_path/"t.json", "--detections", tmp_path/"t.json", status=2)
+
+
+def test_letters_load_no_torch(tmp_path):
+    (tmp_path/"l.jsonl").touch()
+    code = f"import sys; sys.argv = ['nbs', 'letters', {str(tmp_path/'l.jsonl')!r}]\nfrom nbs_lib.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
