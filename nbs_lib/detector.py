@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 from .boxes import Boxes
-from .config import WrongCall, cores, nearest, read_json, read_yaml, replacing, write_json
+from .config import WrongCall, cores, nearest, read_json, replacing, write_json
 from .images import Refused, decode_file
 
 # %% ../notebooks/api/20_detector.ipynb #ultralytics

@@ -82,7 +82,7 @@ def show_confusion(
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     ticks = range(len(names) + 1)
     ax.set(xticks=ticks, yticks=ticks, xlabel='predicted', ylabel='true', yticklabels=[*names, 'nothing'])
-    ax.set_xticklabels([*names, 'nothing'], rotation=90 if max(map(len, names), default=0) > 2 else 0)
+    ax.set_xticklabels([*names, 'nothing'], rotation=45, ha='right', rotation_mode='anchor')
     if len(names) <= 20:
         for (i, j), n in np.ndenumerate(matrix):
             if n: ax.text(j, i, int(n), ha='center', va='center', fontsize=6, color='white' if share[i, j] > .5 else 'black')

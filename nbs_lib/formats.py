@@ -11,9 +11,8 @@ import json, os, re
 from collections import defaultdict
 from itertools import count
 from pathlib import Path
-from xml.etree.ElementTree import ParseError
 from defusedxml import DefusedXmlException
-from defusedxml.ElementTree import parse as parse_xml
+from defusedxml.ElementTree import ParseError, parse as parse_xml
 import numpy as np
 from .boxes import Boxes, Sample, from_xywh, to_xywh, to_yolo
 from .config import WrongCall, nearest, read_json, replacing

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "data", "cache", "tmp", "config.local", "__pycache__", ".*_cache", ".hypothesis", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "data", "cache", "tmp", "config.local", "dvc.lock", "__pycache__", ".*_cache", ".hypothesis",
+                                  "*.egg-info", ".ipynb_checkpoints")
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +45,8 @@ class Workspace:
         path.write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-SMALL = dict(fetch=dict(train_scenes=24, val_scenes=6, test_scenes=6, side=64), split=dict(max_dead_rate=.5), train=dict(imgsz=64, epochs=1, batch=8, device="cpu"),
-             evaluate=dict(device="cpu"))
+SMALL = dict(fetch=dict(train_scenes=24, val_scenes=6, test_scenes=6, side=64), split=dict(max_dead_rate=.5),
+             train=dict(imgsz=64, epochs=1, batch=8, device="cpu"), evaluate=dict(device="cpu"))
 
 
 @pytest.fixture
