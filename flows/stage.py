@@ -3,7 +3,7 @@
 The executed notebook and its HTML are kept in `data/runs/<run id>/`, also of a run that failed or was stopped; nothing the notebook
 started outlives the runner.
 """
-import argparse, difflib, logging, os, re, secrets, signal, subprocess, sys, textwrap
+import argparse, logging, os, re, secrets, signal, subprocess, sys, textwrap
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from flows.reaper import find, gone, marked, reap
+from nbs_lib.config import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("data/runs")
@@ -29,15 +30,10 @@ def refuse(why: str  # one line: what, where, what to do
     sys.exit(2)
 
 
-def nearest(name, names):
-    "A hint at the name that was probably meant."
-    return "".join(f", did you mean {near!r}?" for near in difflib.get_close_matches(name, names, 1))
-
-
 def stage_notebook(name):
     "The notebook of a stage."
     stages = {path.stem.partition("_")[2]: path for path in sorted(Path("notebooks/stages").glob("[0-9]*_*.ipynb"))}
-    return stages.get(name) or refuse(f"no stage {name!r}{nearest(name, stages)} (stages: {', '.join(stages)})")
+    return stages.get(name) or refuse(f"there is no stage {name!r}.{nearest(name, stages)}")
 
 
 def parameters(notebook, given):
@@ -54,7 +50,7 @@ def parameters(notebook, given):
     if kernel not in kernels: refuse(f"{notebook} needs the kernel {kernel!r}, which is not installed (kernels: {', '.join(kernels)})")
     if not known: refuse(f"{notebook} has no cell tagged `parameters` with parameters in it")
     for name, _ in given:
-        if name not in known: refuse(f"{notebook} has no parameter {name!r}{nearest(name, known)} (parameters: {', '.join(known)})")
+        if name not in known: refuse(f"{notebook} has no parameter {name!r}.{nearest(name, known)}")
     return {name: papermill.cli._resolve_type(value) for name, value in given}
 
 
@@ -114,9 +110,9 @@ def note_signals(stopped: list  # to receive the signals
         if signal.getsignal(number) != signal.SIG_IGN: signal.signal(number, note)  # nohup stays nohup
 
 
-def start_reaper(token, dvc):
+def start_reaper(token, starter):
     "Start the watchdog; leaving its `with` block ends the pipe, then waits until nothing of the stage is left."
-    pids = [str(os.getpid()), *([str(dvc.pid)] if dvc else [])]
+    pids = [str(os.getpid()), *([str(starter.pid)] if starter else [])]
     env = {name: value for name, value in os.environ.items() if not name.startswith("NBS_STAGE_")}
     return subprocess.Popen([sys.executable, "-m", "flows.reaper", token, *pids], cwd=ROOT, env=env, stdin=subprocess.PIPE,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -129,7 +125,7 @@ def mark_environment(id, token):
                       NBS_STAGE_RUNNER=str(os.getpid()))
 
 
-def execute(notebook, executed, parameters):
+def execute(notebook, executed, given):
     "Run the notebook; why it failed, or nothing."
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -137,9 +133,9 @@ def execute(notebook, executed, parameters):
     config = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns that it is open to eavesdropping
     try:
         # The idle message of a cell may be late on a busy machine: the default of 4 s would end a training.
-        nb = papermill.execute_notebook(notebook, executed, parameters, progress_bar=False, stdout_file=sys.stdout,
+        nb = papermill.execute_notebook(notebook, executed, given, progress_bar=False, stdout_file=sys.stdout,
                                         stderr_file=sys.stderr, iopub_timeout=60, config=config)
-    except papermill.PapermillExecutionError as error: return f"{error.ename}: {error.evalue}"
+    except papermill.PapermillExecutionError as error: return error.evalue if error.ename == "WrongCall" else f"{error.ename}: {error.evalue}"
     except DeadKernelError: return "the kernel died (killed, crashed or out of memory)"
     except Exception as error: return f"{type(error).__name__}: {error}"
     # papermill takes an exit with status 0 for a success.
@@ -180,7 +176,7 @@ def run(stage, given, token, stopped):
         why = stopped or execute(notebook, executed, given)
         if stopped: why = f"Stopped by {stopped[0].name}"
         if executed.exists(): export(executed, why, exporter.result())
-    return why and f"{textwrap.shorten(why, 300)}\nsee {executed.with_suffix('.html')}"
+    return why and f"{textwrap.shorten(why, 600)}\nsee {executed.with_suffix('.html')}"
 
 
 def main():
