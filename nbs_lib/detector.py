@@ -37,8 +37,8 @@ def open_model(
     try: model = ultralytics().YOLO(name if Path(name).suffix else f'{name}.yaml')
     except FileNotFoundError: raise WrongCall(f"there is no model {name!r}: name an architecture like yolo11n.yaml, or a .pt file that exists") from None
     except OSError as e:
-        raise WrongCall(f"model {name!r} needs a download, which failed ({str(e).splitlines()[0]}): put the file beside params.yaml, "
-                        f"or train from scratch with {Path(name).stem}.yaml") from None
+        raise WrongCall(f"model {name!r} needs a download, and the network does not give it: put the file beside params.yaml, "
+                        f"or train from scratch with {Path(name).stem}.yaml") from e
     if model.task != 'detect': raise WrongCall(f"{name} is a model for {model.task}, not for detection")
     return model
 
