@@ -31,7 +31,7 @@ endif
 
 run: install  ## pictures in, judged detector out
 	@echo "run: fetch, ingest, split, train, evaluate; only what changed"
-	@$(if $(wildcard .git),test ! -e .dvc/config.local || dvc config --local --unset core.no_scm,dvc config --local core.no_scm true)
+	@dvc config --local core.no_scm $(if $(wildcard .git),false,true)
 	@dvc repro
 	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters"
 	@dvc metrics show data/reports/evaluate.json
@@ -51,4 +51,4 @@ lock: install  ## requirements.txt anew from pyproject.toml
 	@uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header --upgrade --quiet --output-file requirements.txt
 
 clean:  ## remove what can be made again, but not .venv and not your data
-	@rm -rf data/cache data/runs data/interim data/processed data/models data/raw/fetched
+	@rm -rf data/cache data/runs data/interim data/processed data/models data/raw/fetched data/.*.tmp data/raw/.*.tmp

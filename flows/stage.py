@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from flows.reaper import find, gone, marked, reap
-from nbs_lib.config import nearest
+from nbs_lib.config import WrongCall, check_sections, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("data/runs")
@@ -30,10 +30,16 @@ def refuse(why: str  # one line: what, where, what to do
     sys.exit(2)
 
 
-def stage_notebook(name):
-    "The notebook of a stage."
-    stages = {path.stem.partition("_")[2]: path for path in sorted(Path("notebooks/stages").glob("[0-9]*_*.ipynb"))}
-    return stages.get(name) or refuse(f"there is no stage {name!r}.{nearest(name, stages)}")
+def stage_notebooks():
+    "The notebook of each stage, by the stage's name."
+    return {path.stem.partition("_")[2]: path for path in sorted(Path("notebooks/stages").glob("[0-9]*_*.ipynb"))}
+
+
+def check_params(stages):
+    "Refuse a params.yaml with a section or key that no stage knows, before the first stage has run for nothing."
+    import papermill
+    try: check_sections({name: list(papermill.inspect_notebook(path)) for name, path in stages.items()}, path=ROOT/"params.yaml")
+    except WrongCall as error: refuse(str(error))
 
 
 def parameters(notebook, given):
@@ -166,8 +172,10 @@ def export(executed, why, exporter):
 def run(stage, given, token, stopped):
     "Execute and export; why it failed and where to look, or nothing."
     starter = dvc()
-    notebook, id = stage_notebook(stage), run_id(starter or psutil.Process())
+    stages, id = stage_notebooks(), run_id(starter or psutil.Process())
+    notebook = stages.get(stage) or refuse(f"there is no stage {stage!r}.{nearest(stage, stages)}")
     given = parameters(notebook, given)
+    check_params(stages)
     end_survivors()
     executed = run_folder(id)/notebook.name
     with start_reaper(token, starter), ThreadPoolExecutor(1) as pool:

@@ -7,7 +7,6 @@ __all__ = ['app', 'Json', 'main', 'ingest', 'evaluate', 'letters']
 
 # %% ../notebooks/api/40_cli.ipynb #imports
 import json, sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -23,8 +22,9 @@ def _app(): pass
 
 def main():
     "Run `nbs`. A wrong call is one line and status 2; Ctrl-C is status 130."
+    sys.stdout.reconfigure(errors='backslashreplace')  # names of files may hold what no terminal can show
     try: app()
-    except WrongCall as e: print(f'nbs: {e}', file=sys.stderr); sys.exit(2)
+    except (WrongCall, OSError) as e: print(f'nbs: {e}', file=sys.stderr); sys.exit(2)
 
 # %% ../notebooks/api/40_cli.ipynb #ingest
 Json = Annotated[bool, typer.Option('--json', help='Print JSON for a program.')]
@@ -46,7 +46,8 @@ def ingest(
                     overhang=overhang)
     write_json(out/'ingest.json', report)
     print(json.dumps(report, ensure_ascii=False) if as_json else _account(report, out))
-    if not report['samples']: raise WrongCall(f"{source}: no usable picture among {report['pictures']}; {out/'dead_letters.jsonl'} says why")
+    for what, n, kept in (('picture', report['pictures'], report['samples']), ('box', report['boxes'], report['boxes_kept'])):
+        if n and not kept: raise WrongCall(f"{source}: no usable {what} among {n}; {out/'dead_letters.jsonl'} says why")
 
 def _account(r, out):
     return (f"{r['pictures']} pictures = {r['samples']} samples + {r['picture_letters']} rejected + {r['duplicates']} duplicates\n"
@@ -79,7 +80,7 @@ def letters(
 ):
     "What was rejected, where it stood, and why."
     found = [l for l in read_letters(file or workspace()/'data/interim/dead_letters.jsonl') if code in (None, l.code)]
-    if as_json: return print(json.dumps([dict(id=l.id, **asdict(l)) for l in found], ensure_ascii=False))
+    if as_json: return print(json.dumps([dict(id=l.id, **vars(l)) for l in found]))
     for name, n in count_letters(found).items(): print(f'{n:8}  {name}')
     for l in found[:limit]: print(f"{l.id}  {l.code}  {l.source}/{l.file}{'' if l.row is None else f' #{l.row}'}: {l.detail}")
     if len(found) > limit: print(f'… and {len(found) - limit} more; --limit shows them')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WrongCall', 'nearest', 'workspace', 'cores', 'replacing', 'write_json', 'read_json', 'read_yaml', 'write_yaml',
-           'coerce', 'Params', 'params', 'run_id', 'destination']
+           'coerce', 'Params', 'params', 'check_sections', 'run_id', 'destination']
 
 # %% ../notebooks/api/00_config.ipynb #imports
 import ast, difflib, json, os, shutil, threading
@@ -53,12 +53,19 @@ def replacing(
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     _remove(tmp)
-    if folder: tmp.mkdir()
+    if folder: _sweep(path); tmp.mkdir()
     try:
         yield tmp
         if folder: _remove(path)
         os.replace(tmp, path)
     finally: _remove(tmp)
+
+def _sweep(path):
+    "Remove what killed processes left of this folder."
+    for old in path.parent.glob(f'.{path.name}.*.tmp'):
+        try: os.kill(int(old.name.split('.')[-3]), 0)
+        except ProcessLookupError: _remove(old)
+        except PermissionError: pass
 
 def _remove(path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -88,7 +95,7 @@ def read_json(
     try: return json.loads(Path(path).read_text(encoding='utf-8-sig'))
     except OSError as e: raise WrongCall(f"{path}: {e.strerror.lower()}") from None
     except UnicodeDecodeError as e: raise WrongCall(f"{path}: not UTF-8 text (byte {e.start})") from None
-    except (json.JSONDecodeError, RecursionError) as e: raise WrongCall(f"{path}: not JSON: {e}") from None
+    except (ValueError, RecursionError) as e: raise WrongCall(f"{path}: not JSON: {e}") from None
 
 # %% ../notebooks/api/00_config.ipynb #read-yaml
 def read_yaml(
@@ -109,19 +116,19 @@ def write_yaml(
 
 # %% ../notebooks/api/00_config.ipynb #coerce
 def coerce(
-    value,      # what was handed over
-    like,       # the value in params.yaml, whose type counts
-    key: str,   # its name, for the message
-):              # `value` in the type of `like`
+    value,       # what was handed over
+    kind: type,  # what it shall be: str, int, float, bool, list or dict
+    key: str,    # its name, for the message
+):               # `value` as a `kind`
     "Bring a parameter to its type. Raises `WrongCall` where that would lose something."
-    if isinstance(value, str) and not isinstance(like, str):
+    if isinstance(value, str) and kind is not str:
         try: value = yaml.safe_load(value)
         except yaml.YAMLError: pass
-    if isinstance(value, str) and isinstance(like, float): value = _number(value)
-    if isinstance(like, float) and type(value) is int: return float(value)
-    if isinstance(like, str) and type(value) in (int, float): return str(value)
-    if like is None or type(value) is type(like): return value
-    raise WrongCall(f"{key} must be of type {type(like).__name__} like {like!r}, not {value!r}")
+    if isinstance(value, str) and kind is float: value = _number(value)
+    if kind is float and type(value) is int: return float(value)
+    if kind is str and type(value) in (int, float): return str(value)
+    if type(value) is kind: return value
+    raise WrongCall(f'{key} must be of type {kind.__name__}, not {value!r}')
 
 def _number(text):
     "YAML 1.1 reads 1e-3 as text."
@@ -149,12 +156,14 @@ def params(
     "Read a section. Raises `WrongCall` for an unknown section or key, or a value of the wrong type."
     path = Path(path or workspace()/'params.yaml')
     usual, namespace = _section(section, path), namespace or {}
-    _same_keys(section, usual, [k for k in namespace.get('__annotations__', usual) if k != 'out'], path)
+    kinds = namespace.get('__annotations__', {k: type(v) for k, v in usual.items()})
+    _same_keys(section, usual, kinds, path)
+    usual = {k: coerce(v, kinds[k], f'{section}.{k}') for k, v in usual.items()}
     given = {**_from_notebook(namespace, usual), **overrides}
     out = given.pop('out', None)
     for k in given:
         if k not in usual: raise WrongCall(f"{section} has no parameter {k!r}.{nearest(k, usual)}")
-    given = {k: coerce(v, usual[k], f"{section}.{k}") for k, v in given.items() if v is not None}
+    given = {k: coerce(v, kinds[k], f'{section}.{k}') for k, v in given.items() if v is not None}
     return Params({**usual, **given}, {k: v for k, v in given.items() if v != usual[k]}, out)
 
 def _section(name, path):
@@ -164,6 +173,7 @@ def _section(name, path):
     return whole[name]
 
 def _same_keys(section, usual, declared, path):
+    declared = [k for k in declared if k != 'out']
     for k in usual:
         if k not in declared: raise WrongCall(f"{section} has no parameter {k!r}, which stands in {path.name}.{nearest(k, declared)}")
     if missing := [k for k in declared if k not in usual]: raise WrongCall(f"{path.name}: section {section!r} lacks {', '.join(missing)}")
@@ -171,6 +181,18 @@ def _same_keys(section, usual, declared, path):
 def _from_notebook(namespace, usual):
     names = [*namespace.get('__annotations__', {}), *_injected(namespace.get('In', []))]
     return {n: namespace.get(n) for n in [*names, *usual] if n in namespace}
+
+# %% ../notebooks/api/00_config.ipynb #check-sections
+def check_sections(
+    declared: dict,     # stage → names that its parameters cell declares
+    *,
+    path: Path = None,  # None: the workspace's own
+):
+    "Raises `WrongCall` unless params.yaml has exactly these sections with exactly these keys."
+    path = Path(path or workspace()/'params.yaml')
+    for name in read_yaml(path) or {}:
+        if name not in declared: raise WrongCall(f"{path.name} has a section {name!r}, which no stage reads.{nearest(name, declared)}")
+    for name, keys in declared.items(): _same_keys(name, _section(name, path), keys, path)
 
 # %% ../notebooks/api/00_config.ipynb #run-id
 def run_id() -> str: # e.g. 20250131-120000-4711

@@ -8,7 +8,8 @@ __all__ = ['CODES', 'Letter', 'write_letters', 'read_letters', 'count_letters']
 # %% ../notebooks/api/03_deadletter.ipynb #imports
 import hashlib, json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from .config import WrongCall, replacing
 
@@ -46,12 +47,21 @@ class Letter:
     record: object = None # the record as it was
     boxes: int = 0        # boxes that went with a rejected picture
 
-    def __post_init__(self): CODES[self.code]
+    def __post_init__(self):
+        CODES[self.code]
+        for k in ('row', 'record'): object.__setattr__(self, k, _quoted(getattr(self, k)))
 
     @property
     def id(self):
         what = json.dumps([self.code, self.source, self.file, self.row, self.record], sort_keys=True, default=str)
         return hashlib.sha256(what.encode()).hexdigest()[:12]
+
+def _quoted(v, depth=10):
+    "A record as JSON can hold it: not-a-number as text, what is nested beyond sense cut off."
+    if isinstance(v, (dict, list, tuple)) and not depth: return '…'
+    if isinstance(v, dict): return {str(k): _quoted(x, depth - 1) for k, x in v.items()}
+    if isinstance(v, (list, tuple)): return [_quoted(x, depth - 1) for x in v]
+    return v if v is None or isinstance(v, (str, int)) or isinstance(v, float) and isfinite(v) else str(v)
 
 # %% ../notebooks/api/03_deadletter.ipynb #write-letters
 def write_letters(
@@ -61,17 +71,17 @@ def write_letters(
     "Write letters by source, file, row and code, whole or not at all."
     key = lambda l: (l.source, l.file, str(l.row).zfill(20), l.code, l.id)
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8') as f:
-        for l in sorted(letters, key=key): f.write(json.dumps(dict(id=l.id, **asdict(l)), ensure_ascii=False, default=str) + '\n')
+        for l in sorted(letters, key=key): f.write(json.dumps(dict(id=l.id, **vars(l)), allow_nan=False) + '\n')
 
 def read_letters(
     path: Path,  # file that `write_letters` made
 ) -> list:       # of Letter
     "Read letters. Raises `WrongCall` where the file is absent or no letters file."
-    try: rows = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()]
+    try:
+        with open(path, encoding='utf-8') as f: rows = [json.loads(line) for line in f]
+        return [Letter(**{k: v for k, v in row.items() if k != 'id'}) for row in rows]
     except FileNotFoundError: raise WrongCall(f"{path}: there is no such file; `nbs ingest` or `make run` writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise WrongCall(f"{path}: not a file of letters: {e}") from None
-    try: return [Letter(**{k: v for k, v in row.items() if k != 'id'}) for row in rows]
-    except (KeyError, TypeError, AttributeError) as e: raise WrongCall(f"{path}: not a file of letters: {e}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise WrongCall(f"{path}: not a file of letters: {e}") from None
 
 # %% ../notebooks/api/03_deadletter.ipynb #count-letters
 def count_letters(

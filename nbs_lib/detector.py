@@ -9,7 +9,7 @@ __all__ = ['OURS', 'COLUMNS', 'ultralytics', 'open_model', 'check_settings', 'te
 # %% ../notebooks/api/20_detector.ipynb #imports
 import atexit, csv, hashlib, logging, os, shutil, sys, tempfile
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
@@ -43,7 +43,13 @@ def open_model(
     return model
 
 # %% ../notebooks/api/20_detector.ipynb #device
-def _device(name): return '' if name == 'auto' else name
+def _device(name):
+    "The name as ultralytics has it; `WrongCall` for a card that is not there."
+    import torch
+    cards, there = ([] if name in ('auto', 'cpu', 'mps') else name.split(',')), torch.cuda.device_count()
+    if missing := [c for c in cards if not (c.isdigit() and int(c) < there)]:
+        raise WrongCall(f"device {name!r}: there is no card {missing[0]!r}, this machine has {there}; use auto or cpu")
+    return '' if name == 'auto' else name
 
 def _all_cores(engine):
     import torch
@@ -73,7 +79,8 @@ class _Watch:
         _all_cores(trainer)
         for part, loader in (('train', trainer.train_loader), ('val', trainer.test_loader)):
             given, taken = len(list((self.tree/'images'/part).iterdir())), len(loader.dataset)
-            if given != taken: raise RuntimeError(f'ultralytics took {taken} of {given} {part} pictures; ingest should have rejected the others')
+            if given != taken and trainer.args.fraction == 1:
+                raise RuntimeError(f'ultralytics took {taken} of {given} {part} pictures; ingest should have rejected the others')
         self.bar = tqdm(total=trainer.epochs * len(trainer.train_loader), desc='training', unit='batch')
 
     def on_train_batch_end(self, trainer): self.bar.update()
@@ -184,9 +191,9 @@ def predict(
     for start in tqdm(range(0, len(images), 8 * batch), 'predicting', delay=2):
         some = [(i, _pixels(images[i])) for i in range(start, min(start + 8 * batch, len(images)))]
         for _, same in groupby(sorted(some, key=lambda x: x[1].shape), key=lambda x: x[1].shape):
-            index, pixels = zip(*same)
-            bgr = [p[..., ::-1] for p in pixels]
-            for i, r in zip(index, detector.yolo.predict(bgr, **settings)): found[i] = _boxes(r.boxes, detector.names)
+            while few := list(islice(same, batch)):
+                results = detector.yolo.predict([pixels[..., ::-1] for _, pixels in few], **settings)
+                for (i, _), r in zip(few, results): found[i] = _boxes(r.boxes, detector.names)
     return found
 
 def _pixels(image):
@@ -194,7 +201,10 @@ def _pixels(image):
         picture = decode_file(image)
         if isinstance(picture, Refused): raise WrongCall(f"{image}: {picture.code}: {picture.detail}")
         image = picture.image
-    return np.asarray(image)
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert('RGB'))
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise WrongCall(f'a picture must be an (h, w, 3) array of uint8, not {pixels.shape} of {pixels.dtype}')
+    return pixels
 
 def _boxes(found, names):
     found = found.cpu().numpy()

@@ -20,6 +20,7 @@ def colours(
     return {n: cmap(i if few else i / len(names))[:3] for i, n in enumerate(names)}
 
 # %% ../notebooks/api/04_draw.ipynb #show-boxes
+@plt.rc_context({'text.parse_math': False})
 def show_boxes(
     image,                # PIL image or (h, w, 3) array
     boxes: Boxes = None,  # drawn in full, with class and score
@@ -44,6 +45,7 @@ def show_boxes(
 def _outline(b, **style): return plt.Rectangle((b[0], b[1]), b[2] - b[0], b[3] - b[1], fill=False, **style)
 
 # %% ../notebooks/api/04_draw.ipynb #gallery
+@plt.rc_context({'text.parse_math': False})
 def gallery(
     items: list,         # of dicts with the arguments of `show_boxes`: image, boxes, truth, title
     names: list = None,  # class names for the colours
@@ -57,6 +59,7 @@ def gallery(
     return fig
 
 # %% ../notebooks/api/04_draw.ipynb #show-pr
+@plt.rc_context({'text.parse_math': False})
 def show_pr(
     recall: np.ndarray,  # (r,) recall in [0, 1]
     precision: dict,     # class name → (r,) precision in [0, 1]
@@ -65,12 +68,13 @@ def show_pr(
     "Precision over recall, a line a class, the mean in black."
     ax = ax or plt.subplots(figsize=(4.5, 3.5))[1]
     for name, colour in colours(list(precision)).items(): ax.plot(recall, precision[name], color=colour, linewidth=.8, label=name)
-    ax.plot(recall, np.mean(list(precision.values()), axis=0), color='black', linewidth=2, label='mean')
+    if precision: ax.plot(recall, np.mean(list(precision.values()), axis=0), color='black', linewidth=2, label='mean')
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02))
     if len(precision) <= 12: ax.legend(fontsize=6, loc='lower left', ncols=2)
     return ax
 
 # %% ../notebooks/api/04_draw.ipynb #show-confusion
+@plt.rc_context({'text.parse_math': False})
 def show_confusion(
     matrix: np.ndarray,  # (n + 1, n + 1) counts: row the truth, column the prediction, last = nothing there
     names: list,         # n class names

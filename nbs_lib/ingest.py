@@ -30,17 +30,17 @@ def judge_boxes(
     overhang: float,  # share of a box's area that may lie outside, in [0, 1)
 ) -> tuple:           # (Boxes that are kept, letters)
     "Keep the boxes that make sense, and write a letter for each of the others."
-    xyxy, label = sample.boxes.xyxy, sample.boxes.label
-    with np.errstate(invalid='ignore', divide='ignore'):
+    xyxy, label = sample.boxes.xyxy.round(3), sample.boxes.label  # as it will be written: what rounds to nothing is empty
+    with np.errstate(all='ignore'):
         inside, whole = clip(xyxy, size), area(xyxy)
-        code = np.select([~np.isfinite(xyxy).all(1), whole <= 0, 1 - area(inside) / whole > overhang, ~np.isin(label, classes or label)],
+        code = np.select([~np.isfinite(xyxy).all(1), ~(whole > 0), 1 - area(inside) / whole > overhang, ~np.isin(label, classes or label)],
                          ['non_finite_box', 'empty_box', 'box_outside', 'unknown_class'], '')
     def letter(i):
         row, record = sample.records[i]
         detail = f'{label[i]} at {xyxy[i].round(1).tolist()} on a picture of {size[0]}×{size[1]}'
         return Letter(str(code[i]), 'box', sample.source, sample.file, row, detail, record)
     kept = sample.boxes[code == '']
-    return replace(kept, xyxy=clip(kept.xyxy, size)), [letter(i) for i in np.flatnonzero(code != '')]
+    return replace(kept, xyxy=inside[code == '']), [letter(i) for i in np.flatnonzero(code != '')]
 
 # %% ../notebooks/api/13_ingest.ipynb #keep
 def _keep(item, images, limits):
@@ -79,7 +79,7 @@ def ingest(
     overhang: float,   # share of a box's area that may lie outside its picture, in [0, 1)
 ) -> dict:             # the report: an account of pictures, boxes and letters
     "Make the canonical set. Bad data becomes letters; raises `WrongCall` for a source that is not there or a wrong setting."
-    out, seen = _prepared(out, root, sources, overhang), Counter()
+    out, seen, classes = _prepared(out, root, sources, overhang), Counter(), [str(c) for c in classes]
     letters, samples, twins = [], {}, []
     items = (item for source in sources for item in read(root, source))
     for item, stored in tqdm(_decoded(items, out/'images', dict(max_pixels=max_pixels, min_side=min_side)), 'pictures', unit='', delay=2):
@@ -104,7 +104,7 @@ def _prepared(out, root, sources, overhang):
     if not 0 <= overhang < 1: raise WrongCall(f"overhang is a share in [0, 1), not {overhang}")
     if not Path(root).is_dir(): raise WrongCall(f"{root}: there is no such folder to ingest")
     for s in (s['path'] for s in sources if isinstance(s, dict) and 'path' in s):
-        if out.resolve().is_relative_to((Path(root)/s).resolve()): raise WrongCall(f"{out} lies inside the source {s}: it would be read next time")
+        if out.resolve().is_relative_to((Path(root)/str(s)).resolve()): raise WrongCall(f"{out} lies inside the source {s}: it would be read next time")
     if strange := [p.name for p in out.glob('images/*') if not OURS.fullmatch(p.name)]:
         raise WrongCall(f"{out/'images'} holds files that ingest did not write, such as {strange[0]}; choose another folder")
     (out/'images').mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ OURS = re.compile(r'[0-9a-f]{16}\.(jpg|png|webp)|\.[0-9a-f]{16}.*\.tmp')
 
 def _count(seen, item):
     if isinstance(item, Sample): seen.update(pictures=1, boxes=len(item.boxes))
-    else: seen.update({'pictures': item.level == 'picture', 'boxes': item.boxes + (item.level == 'box')})
+    else: seen.update(pictures=int(item.level == 'picture'), boxes=item.boxes + int(item.level == 'box'))
 
 def _origin(item, root): return item.path.relative_to(Path(root).resolve()).as_posix()
 

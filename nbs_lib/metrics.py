@@ -8,7 +8,6 @@ __all__ = ['NAMES', 'Scores', 'score_coco', 'score']
 # %% ../notebooks/api/21_metrics.ipynb #imports
 from collections import Counter
 from dataclasses import dataclass
-from math import isfinite
 import numpy as np
 from .boxes import Boxes, Sample, to_xywh
 from .config import WrongCall, nearest
@@ -45,8 +44,8 @@ def score_coco(
     "Score detections against truth (cocodataset.org/#detection-eval). Raises `WrongCall` where either is not of that form."
     from faster_coco_eval import COCO, COCOeval_faster
     _check_truth(truth); _check_detections(detections, {im['id'] for im in truth['images']})
-    usual = lambda a: dict(iscrowd=0, area=a['bbox'][2] * a['bbox'][3])
-    coco = COCO({**truth, 'annotations': [{**usual(a), **a, 'id': i} for i, a in enumerate(truth['annotations'], 1)]})
+    usual = lambda a: dict(area=a['bbox'][2] * a['bbox'][3]) | a | dict(iscrowd=int(bool(a.get('iscrowd'))))
+    coco = COCO({**truth, 'annotations': [usual(a) | dict(id=i) for i, a in enumerate(truth['annotations'], 1)]})
     judge = COCOeval_faster(coco, coco.loadRes([dict(d) for d in detections]), 'bbox', print_function=lambda *a: None)
     judge.evaluate(); judge.accumulate(); judge.summarize()
     return _scores(judge, truth)
@@ -67,6 +66,13 @@ def _check_truth(truth):
         if not isinstance(truth, dict) or not isinstance(truth.get(key), list):
             raise WrongCall(f'truth has no list {key!r}; it must be COCO, an object with images, annotations and categories')
         _check_rows(truth[key], f'truth {key}', needed)
+    ids = {k: [r['id'] for r in truth[k]] for k in ('images', 'categories')}
+    for k, v in (*ids.items(), ('names', [c['name'] for c in truth['categories']])):
+        if len(set(v)) < len(v): raise WrongCall(f'truth: {k} must differ, and some are there twice')
+    listed = dict(image_id=set(ids['images']), category_id=set(ids['categories']))
+    for i, a in enumerate(truth['annotations']):
+        for k, known in listed.items():
+            if a[k] not in known: raise WrongCall(f'truth annotations[{i}] has {k} {a[k]}, which the truth does not list')
 
 def _check_detections(detections, images):
     if not isinstance(detections, list): raise WrongCall(f'detections must be a list of objects, not {type(detections).__name__}')
@@ -78,10 +84,13 @@ def _check_rows(rows, what, needed):
     for i, r in enumerate(rows):
         if not isinstance(r, dict): raise WrongCall(f"{what}[{i}] must be an object, not {type(r).__name__}")
         if missing := [k for k in needed if k not in r]: raise WrongCall(f"{what}[{i}] has no {missing[0]!r}.{nearest(missing[0], list(r))}")
+        for k in needed:
+            if k.endswith('id') and type(r[k]) is not int: raise WrongCall(f'{what}[{i}].{k} must be a whole number, not {r[k]!r}')
+            if k == 'name' and not isinstance(r[k], str): raise WrongCall(f'{what}[{i}].name must be text, not {r[k]!r}')
         if 'bbox' in needed and not _finite(r['bbox'], 4): raise WrongCall(f"{what}[{i}].bbox must be four finite numbers, not {r['bbox']!r}")
         if 'score' in needed and not _finite([r['score']], 1): raise WrongCall(f"{what}[{i}].score must be a finite number, not {r['score']!r}")
 
-def _finite(values, n): return isinstance(values, list) and len(values) == n and all(isinstance(v, (int, float)) and isfinite(v) for v in values)
+def _finite(values, n): return isinstance(values, list) and len(values) == n and all(isinstance(v, (int, float)) and abs(v) < 1e15 for v in values)
 
 # %% ../notebooks/api/21_metrics.ipynb #score
 def score(

@@ -51,6 +51,7 @@ def split(
     interim = Path(interim)
     samples, names, info = load_coco(interim/'annotations.json', interim/'images')
     letters = interim/'dead_letters.jsonl'
+    if info['file_letters'] and max_dead_rate < 1: raise WrongCall(f"{info['file_letters']} annotation file(s) could not be read: {letters} says which")
     if not samples: raise WrongCall(f"no usable picture among {info['pictures']}: {letters} says why")
     if not any(len(s.boxes) for s in samples): raise WrongCall(f"no usable box on {len(samples)} pictures: {letters} says why")
     if (rate := dead_rate(info)) > max_dead_rate:

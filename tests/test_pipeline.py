@@ -31,9 +31,10 @@ def test_repro(workspace):
 
 @pytest.mark.parametrize("section, key, hint", [("split", "max_dead_rat", "max_dead_rate"), ("fetch", "seeed", "seed")])
 def test_mistyped_parameter(workspace, section, key, hint):
-    "A key that does not exist stops the stage before any work, and names the nearest."
+    "A key that does not exist, in whatever section, stops the first stage before any work, and names the nearest."
     workspace.set(**{section: {key: 1}})
-    said = workspace.run("python", "-m", "flows.stage", section, status=1)
+    said = workspace.run("python", "-m", "flows.stage", "fetch", status=2)
+    assert not (workspace.folder/"data/runs").exists()
     assert f"has no parameter '{key}'" in said and f"Did you mean '{hint}'?" in said and "Traceback" not in said
 
 

@@ -26,6 +26,7 @@ def write(repo, name, cells, tags=("parameters",), kernel="python3"):
              *(new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(cells))]
     spec = {"name": kernel, "display_name": kernel, "language": "python"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": spec}), repo/f"notebooks/stages/{name}.ipynb")
+    with open(repo/"params.yaml", "a") as params: params.write(f"{name.partition('_')[2]}: {{epochs: 1}}\n")
 
 
 @pytest.fixture
