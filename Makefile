@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The locked torch runs on a CPU too. On Linux `make install TORCH=cpu` takes the build without CUDA, and none of NVIDIA's packages
 TORCH ?= cuda
 
-.PHONY: help install run test lab export lock clean
+.PHONY: help install run test lab image export lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ test: install  ## every notebook, every rule, the whole pipeline on a small sett
 
 lab: install  ## JupyterLab on this workspace
 	@jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/README.md
+
+image:  ## the workspace as a container image, for `docker run --gpus all -p 127.0.0.1:8888:8888 nbs`
+	@DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile --build-arg UID=$$(id -u | sed 's/^0$$/1000/') --tag nbs .
 
 export: install  ## nbs_lib from the notebooks, and the notebooks cleaned
 	@nbdev_export
