@@ -7,8 +7,10 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The locked torch runs on a CPU too. On Linux `make install TORCH=cpu` takes the build without CUDA, and none of NVIDIA's packages
 TORCH ?= cuda
+# Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
+export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run test lab image export lock clean
+.PHONY: help install run test test-kills guides lab image export lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,11 +29,13 @@ else
 	@uv pip install --python $(VENV) --require-hashes -r requirements.txt
 endif
 	@uv pip install --python $(VENV) --no-deps --no-build-isolation --quiet --editable .
+	@mkdir -p $(VENV)/etc/jupyter && ln -sf ../../../jupyter_server_config.py $(VENV)/etc/jupyter/
 	@touch $@
 
 run: install  ## pictures in, judged detector out
 	@echo "run: fetch, ingest, split, train, evaluate; only what changed"
 	@dvc config --local core.no_scm $(if $(wildcard .git),false,true)
+	@$(if $(NBS_ENV),nbs params --apply)
 	@dvc repro
 	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters"
 	@dvc metrics show data/reports/evaluate.json
@@ -39,6 +43,15 @@ run: install  ## pictures in, judged detector out
 test: install  ## every notebook, every rule, the whole pipeline on a small setting
 	@echo "test: api notebooks, rules, end to end"
 	@python -m pytest
+
+test-kills: install  ## every process stopped at three moments of every stage (half an hour)
+	@echo "test-kills: KILL, TERM, Ctrl-C, full disk"
+	@python -m pytest -m kills -s tests/test_interruptions.py
+
+guides: install  ## the guides in full, as HTML in data/runs/guides (the one on blood cells needs data/raw/bccd)
+	@mkdir -p data/runs/guides
+	@for guide in notebooks/guides/*.ipynb; do echo "guides: $$guide"; \
+		papermill --no-progress-bar $$guide data/runs/guides/$$(basename $$guide) && jupyter nbconvert --log-level=ERROR --to html data/runs/guides/$$(basename $$guide); done
 
 lab: install  ## JupyterLab on this workspace
 	@jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/README.md

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from flows.reaper import find, gone, marked, reap
-from nbs_lib.config import WrongCall, check_sections, nearest
+from nbs_lib.config import WrongCall, check_sections, environment, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("data/runs")
@@ -38,8 +38,13 @@ def stage_notebooks():
 def check_params(stages):
     "Refuse a params.yaml with a section or key that no stage knows, before the first stage has run for nothing."
     import papermill
-    try: check_sections({name: list(papermill.inspect_notebook(path)) for name, path in stages.items()}, path=ROOT/"params.yaml")
+    try:
+        check_sections({name: list(papermill.inspect_notebook(path)) for name, path in stages.items()}, path=ROOT/"params.yaml")
+        differs = environment(path=ROOT/"params.yaml")
     except WrongCall as error: refuse(str(error))
+    if differs and "DVC_STAGE" in os.environ:
+        keys = ", ".join(f"{section}.{key}" for section, values in differs.items() for key in values)
+        refuse(f"NBS_ENV={os.environ['NBS_ENV']} has other values for {keys} than params.yaml, which DVC follows: `nbs params --apply` writes them there")
 
 
 def parameters(notebook, given):

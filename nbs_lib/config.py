@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WrongCall', 'nearest', 'workspace', 'cores', 'replacing', 'write_json', 'read_json', 'read_yaml', 'write_yaml',
-           'coerce', 'Params', 'params', 'check_sections', 'run_id', 'destination']
+           'coerce', 'environment', 'apply_environment', 'Params', 'params', 'check_sections', 'run_id', 'destination']
 
 # %% ../notebooks/api/00_config.ipynb #imports
-import ast, difflib, json, os, shutil, threading
+import ast, difflib, json, os, re, shutil, threading
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 import yaml
+from ruamel.yaml import YAML
 
 # %% ../notebooks/api/00_config.ipynb #wrongcall
 class WrongCall(ValueError):
@@ -137,9 +138,60 @@ def _number(text):
 
 # %% ../notebooks/api/00_config.ipynb #injected
 def _injected(cells):
-    "Names that papermill assigned in its cell."
-    cell = next((c for c in cells if c.startswith('# Parameters\n')), '')
-    return [t.id for n in ast.parse(cell).body if isinstance(n, ast.Assign) for t in n.targets]
+    "Names that papermill assigned in its cell. Raises `WrongCall` where a later cell took the values back."
+    place = next((i for i in reversed(range(len(cells))) if cells[i].startswith('# Parameters\n')), None)
+    if place is None: return []
+    names = [t.id for n in ast.parse(cells[place]).body if isinstance(n, ast.Assign) for t in n.targets]
+    for cell in cells[place + 1:]:
+        lost = [n for n in names if re.search(rf'^{n}\s*:.*=', cell, re.MULTILINE)]
+        if lost: raise WrongCall(f"papermill set {', '.join(lost)}, and the parameters cell after it took that back: give that cell its tag `parameters`")
+    return names
+
+# %% ../notebooks/api/00_config.ipynb #environment
+def environment(
+    name: str = None,   # of the environment; None: what the variable NBS_ENV says, and nothing where it is not set
+    *,
+    path: Path = None,  # params.yaml, with the folder `environments` beside it; None: the workspace's own
+) -> dict:              # section → key → value, only what differs from params.yaml
+    "What an environment changes. Raises `WrongCall` for an unknown environment, section or key, or a value of the wrong type."
+    name, path = name or os.environ.get('NBS_ENV'), Path(path or workspace()/'params.yaml')
+    if not name: return {}
+    files = {f.stem: f for f in sorted((path.parent/'environments').glob('*.yaml'))}
+    if name not in files: raise WrongCall(f"there is no environment {name!r}.{nearest(name, files)}")
+    differs, given, usual = {}, read_yaml(files[name]) or {}, read_yaml(path)
+    _known(files[name], 'section', given, usual)
+    for section, values in given.items():
+        _known(files[name], f'key of {section}', values, _section(section, path))
+        values = {k: coerce(v, type(usual[section][k]), f'{section}.{k}') for k, v in values.items()}
+        differs[section] = {k: v for k, v in values.items() if v != usual[section][k]}
+    return {section: values for section, values in differs.items() if values}
+
+def _section(name, path):
+    whole = read_yaml(path)
+    if not isinstance(whole, dict) or name not in whole: raise WrongCall(f"{path.name} has no section {name!r}.{nearest(name, whole or [])}")
+    if not isinstance(whole[name], dict): raise WrongCall(f"{path.name}: section {name!r} must hold keys and values, not {whole[name]!r}")
+    return whole[name]
+
+def _known(file, what, given, known):
+    if not isinstance(given, dict): raise WrongCall(f"{file.name}: keys and values were expected, not {given!r}")
+    for k in given:
+        if k not in known: raise WrongCall(f"{file.name}: {k!r} is no {what}.{nearest(k, known)}")
+
+# %% ../notebooks/api/00_config.ipynb #apply-environment
+def apply_environment(
+    name: str = None,   # as for `environment`
+    *,
+    path: Path = None,  # params.yaml; None: the workspace's own
+) -> dict:              # what was changed: section → key → value
+    "Write an environment's values into params.yaml. Raises what `environment` raises."
+    path = Path(path or workspace()/'params.yaml')
+    if not (differs := environment(name, path=path)): return {}
+    editor = YAML()
+    editor.width = 200
+    whole = editor.load(path)
+    for section, values in differs.items(): whole[section].update(values)
+    with replacing(path) as tmp: editor.dump(whole, tmp)
+    return differs
 
 # %% ../notebooks/api/00_config.ipynb #params
 class Params(dict):
@@ -161,16 +213,11 @@ def params(
     usual = {k: coerce(v, kinds[k], f'{section}.{k}') for k, v in usual.items()}
     given = {**_from_notebook(namespace, usual), **overrides}
     out = given.pop('out', None)
+    given = {**environment(path=path).get(section, {}), **{k: v for k, v in given.items() if v is not None}}
     for k in given:
         if k not in usual: raise WrongCall(f"{section} has no parameter {k!r}.{nearest(k, usual)}")
-    given = {k: coerce(v, kinds[k], f'{section}.{k}') for k, v in given.items() if v is not None}
+    given = {k: coerce(v, kinds[k], f'{section}.{k}') for k, v in given.items()}
     return Params({**usual, **given}, {k: v for k, v in given.items() if v != usual[k]}, out)
-
-def _section(name, path):
-    whole = read_yaml(path)
-    if not isinstance(whole, dict) or name not in whole: raise WrongCall(f"{path.name} has no section {name!r}.{nearest(name, whole or [])}")
-    if not isinstance(whole[name], dict): raise WrongCall(f"{path.name}: section {name!r} must hold keys and values, not {whole[name]!r}")
-    return whole[name]
 
 def _same_keys(section, usual, declared, path):
     declared = [k for k in declared if k != 'out']

@@ -29,6 +29,7 @@ CODES = {
     'duplicate_id':         'another record of the same kind has this id already',
     'unknown_picture':      'the box belongs to a picture that the source does not list',
     'unknown_class':        'the box has a class that is not in the list',
+    'class_lists_disagree': 'the source has several class lists, and this one has other classes',
     'non_finite_box':       'a corner is not a finite number',
     'empty_box':            'the box has no width or no height',
     'box_outside':          'more of the box lies outside the picture than is tolerated',

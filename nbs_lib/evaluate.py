@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .boxes import Boxes, Sample, iou, to_xywh
+from .coco import load_coco
 from .config import replacing, write_json
 from .detector import load, predict
-from .formats import load_coco
 from .metrics import Scores, score
 
 # %% ../notebooks/api/23_evaluate.ipynb #match
@@ -23,7 +23,7 @@ def match(
     at: float = .5,   # least IoU of a pair, in [0, 1]
 ) -> np.ndarray:      # (len(found),) index of the true box, -1: nothing there, -2: inside a crowd
     "Pair detections with true boxes, one to one."
-    crowd = np.zeros(len(truth), bool) if truth.crowd is None else truth.crowd
+    crowd = truth.is_crowd
     overlap = iou(found.xyxy, truth.xyxy, crowd)
     pair, free = np.full(len(found), -1), ~crowd
     for same in (True, False):
@@ -48,7 +48,7 @@ def confusion(
         pair, before = match(s.boxes, found, at), matrix.copy()
         for p, label in zip(pair, found.label):
             if p > -2: matrix[number[s.boxes.label[p]] if p >= 0 else -1, number[label]] += 1
-        missed = ~np.isin(np.arange(len(s.boxes)), pair) & (True if s.boxes.crowd is None else ~s.boxes.crowd)
+        missed = ~np.isin(np.arange(len(s.boxes)), pair) & ~s.boxes.is_crowd
         for label in s.boxes.label[missed]: matrix[number[label], -1] += 1
         new = matrix - before
         errors.append((int(new[:-1, -1].sum()), int(new[-1, :-1].sum()), int(new[:-1, :-1].sum() - new[:-1, :-1].trace())))

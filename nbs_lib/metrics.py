@@ -101,10 +101,10 @@ def score(
     "Score detections against samples."
     number = {n: i for i, n in enumerate(names, 1)}
     truth = dict(images=[dict(id=i) for i in range(len(samples))], categories=[dict(id=i, name=n) for n, i in number.items()],
-                 annotations=_rows([s.boxes for s in samples], number, iscrowd=lambda b: [0] * len(b) if b.crowd is None else b.crowd.astype(int).tolist()))
-    return score_coco(truth, _rows(detections, number, score=lambda b: b.score.tolist()))
+                 annotations=_rows([s.boxes for s in samples], number, 'iscrowd', [s.boxes.is_crowd for s in samples]))
+    return score_coco(truth, _rows(detections, number, 'score', [b.score for b in detections]))
 
-def _rows(sets, number, **extra):
-    [(key, of)] = extra.items()
-    return [{'image_id': i, 'category_id': number[label], 'bbox': xywh, key: value} for i, b in enumerate(sets)
-            for label, xywh, value in zip(b.label.tolist(), to_xywh(b.xyxy).tolist(), of(b)) if label in number]
+def _rows(sets, number, key, extra):
+    "A COCO record for each box of each set, with one value more under `key`."
+    return [{'image_id': i, 'category_id': number[label], 'bbox': xywh, key: value} for i, (b, values) in enumerate(zip(sets, extra))
+            for label, xywh, value in zip(b.label.tolist(), to_xywh(b.xyxy).tolist(), values.tolist()) if label in number]

@@ -6,13 +6,12 @@
 __all__ = ['SPLITS', 'part_of', 'dead_rate', 'split']
 
 # %% ../notebooks/api/14_split.ipynb #imports
-import os, shutil
 from collections import Counter
 from pathlib import Path
-from tqdm.auto import tqdm
 from .boxes import Sample
-from .config import WrongCall, replacing, write_yaml
-from .formats import load_coco, write_coco, yolo_label
+from .coco import load_coco, write_coco
+from .config import WrongCall, replacing
+from .yolo import write_yolo
 
 # %% ../notebooks/api/14_split.ipynb #part-of
 SPLITS = ('train', 'val', 'test')
@@ -69,17 +68,8 @@ def _why(keep, samples, val, test):
 
 # %% ../notebooks/api/14_split.ipynb #tree
 def _tree(out, parts, names):
-    for part, samples in parts.items():
-        for kind in ('images', 'labels'): (out/kind/part).mkdir(parents=True)
-        for s in tqdm(samples, part, delay=2):
-            _link(s.path, out/'images'/part/s.path.name)
-            (out/'labels'/part/f'{s.path.stem}.txt').write_text(yolo_label(s, names))
-        write_coco(out/f'{part}.json', samples, names)
-    write_yaml(out/'data.yaml', {**{p: f'images/{p}' for p in SPLITS}, 'names': dict(enumerate(names))})
-
-def _link(source, target):
-    try: os.link(source, target)
-    except OSError: shutil.copyfile(source, target)
+    write_yolo(out, parts, names)
+    for part, samples in parts.items(): write_coco(out/f'{part}.json', samples, names)
 
 def _report(parts, names):
     boxes = {p: Counter(l for s in samples for l in s.boxes.label.tolist()) for p, samples in parts.items()}

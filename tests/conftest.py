@@ -1,5 +1,5 @@
-"What tests share: a copy of the workspace, its commands, and the folder of real pictures."
-import os, shutil, subprocess, sys
+"What tests share: copies of the workspace, its commands, and the folder of real pictures."
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -19,39 +19,87 @@ def real():
 
 
 class Workspace:
-    "A copy of this workspace without git, data or results, as a source archive has it."
+    "A copy of this workspace without git, data or results, as a source archive has it, in the environment `ci`."
     def __init__(self, folder):
         self.folder = Path(folder)
         shutil.copytree(ROOT, self.folder, ignore=LEFT_OUT)
         (self.folder/"data").mkdir()
         self.run("dvc", "config", "--local", "core.no_scm", "true")
+        self.run("nbs", "params", "--env", "ci", "--apply")
 
-    def start(self, *command, **kw):
-        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(self.folder)}
-        env.pop("NBS_RUN_ID", None)
-        return subprocess.Popen(list(map(str, command)), cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    def __truediv__(self, path): return self.folder/path
 
-    def run(self, *command, status=0):
-        process = self.start(*command)
+    def copy(self, folder):
+        "The same with all its results, elsewhere."
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Workspace.at(folder)
+
+    @classmethod
+    def at(cls, folder):
+        "What lies in a folder already."
+        workspace = object.__new__(cls)
+        workspace.folder = Path(folder)
+        return workspace
+
+    def start(self, *command, env={}, **kw):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_"))}
+        clean |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(self.folder), **env}
+        return subprocess.Popen(list(map(str, command)), cwd=self.folder, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+
+    def run(self, *command, status=0, env={}):
+        process = self.start(*command, env=env)
         said = process.communicate()[0]
         assert process.returncode == status, f"{command} ended with {process.returncode}:\n{said}"
         return said
 
     def set(self, **sections):
         "Change params.yaml."
-        path = self.folder/"params.yaml"
+        path = self/"params.yaml"
         params = yaml.safe_load(path.read_text())
         for section, values in sections.items(): params[section].update(values)
         path.write_text(yaml.safe_dump(params, sort_keys=False))
 
+    def report(self, name): return json.loads((self/f"data/reports/{name}.json").read_text())
 
-SMALL = dict(fetch=dict(train_scenes=24, val_scenes=6, test_scenes=6, side=64), split=dict(max_dead_rate=.5),
-             train=dict(imgsz=64, epochs=1, batch=8, device="cpu"), evaluate=dict(device="cpu"))
+    def results(self, *folders):
+        "All files that stages left below `data`, by name."
+        folders = folders or ("raw/fetched", "interim", "processed", "models", "reports")
+        files = (p for f in folders for p in (self/"data"/f).rglob("*"))
+        return {p.relative_to(self.folder).as_posix(): p.read_bytes() for p in sorted(files) if p.is_file() and p.name not in UNLIKE}
+
+
+# pictures drawn with a date in them, labels' cache of ultralytics, DVC's own
+UNLIKE = {"worst.png", "train.cache", "val.cache", "test.cache", ".gitignore"}
 
 
 @pytest.fixture
 def workspace(tmp_path):
     "A workspace on a setting that takes seconds."
-    w = Workspace(tmp_path/"workspace")
-    w.set(**SMALL)
-    return w
+    return Workspace(tmp_path/"workspace")
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory):
+    workspace = Workspace(tmp_path_factory.mktemp("finished")/"workspace")
+    workspace.said = workspace.run("dvc", "repro")
+    return workspace
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    "The same after an undisturbed `dvc repro`; a copy of its own for each test."
+    return _finished.copy(tmp_path/"finished")
+
+
+def git(workspace, *command):
+    return workspace.run("git", "-c", "user.name=team", "-c", "user.email=team@example.org", *command)
+
+
+@pytest.fixture
+def repository(finished):
+    "The finished workspace as a git repository with one commit."
+    finished.run("dvc", "config", "--local", "core.no_scm", "false")
+    git(finished, "init", "--quiet", "--initial-branch", "main")
+    git(finished, "add", "--all")
+    git(finished, "commit", "--quiet", "--message", "as it was")
+    return finished

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
+from nbs_lib.coco import load_coco
 from nbs_lib.deadletter import read_letters
-from nbs_lib.formats import load_coco
 from nbs_lib.ingest import balanced, ingest
 
 NAMES = ["a.jpg", "b.jpg", "B.JPG", "gone.jpg", "sub/c.png", "../out.jpg", "/etc/hostname", "html.jpg", "line\nbreak.jpg", "dir.jpg", "loop.jpg", "$x_$.jpg"]
@@ -51,13 +51,18 @@ VOC = st.tuples(st.sampled_from([*NAMES, ""]), st.lists(OBJECT, max_size=6)).map
     lambda v: f"<annotation><filename>{v[0]}</filename>{''.join(v[1])}</annotation>")
 BROKEN = st.sampled_from(["", "<html/>", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>&b;</annotation>", "<annotation>" + "<object>" * 3000])
 XML = (VOC | VOC.map(lambda text: text[:len(text) // 2]) | BROKEN).map(str.encode)
+LABEL = st.lists(st.lists(mostly(st.integers(0, 2).map(str) | st.floats(0, 1).map(str), st.sampled_from(["", "nan", "-1e999", "x", "1.5", "\0"])),
+                          min_size=4, max_size=8).map(" ".join), max_size=5).map("\r\n".join)
+LABELS = st.dictionaries(st.sampled_from(["a.txt", "b.txt", "sub/c.txt", "html.txt", "labels/gone.txt"]), LABEL.map(str.encode) | st.binary(max_size=20))
+YAML = mostly(st.sampled_from(["names: [cat, dog, bird]", "names: {0: cat, 2: dog}\ntrain: sub\nval: [., sub]", "names: [cat, dog]\ntest: a.txt\npath: /"]),
+              st.sampled_from(["names: 3", "names: [", "- 1", "train: [1, {a: b}]\nnames: {x: y, 1: ''}", ""])).map(str)
 
 FEW = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def check(root, out, format):
+def check(root, out, format, **options):
     "Ingest, and read back all that it wrote."
-    report = ingest(out, root=root, sources=[dict(path=".", format=format)], classes=[], max_pixels=10**6, min_side=10, overhang=.1)
+    report = ingest(out, root=root, sources=[dict(path=".", format=format, **options)], classes=[], max_pixels=10**6, min_side=10, overhang=.1)
     samples, names, info = load_coco(out/"annotations.json", out/"images")
     letters = read_letters(out/"dead_letters.jsonl")
     assert balanced(report) and info == json.loads(json.dumps(report))
@@ -85,5 +90,17 @@ def test_voc(pictures, tmp_path, xml):
     try:
         for file, content in zip(files, xml): file.write_bytes(content)
         check(pictures, tmp_path/"out", "voc")
+    finally:
+        for file in files: file.unlink()
+
+
+@FEW
+@given(labels=LABELS, yaml=YAML, background=st.booleans())
+def test_yolo(pictures, tmp_path, labels, yaml, background):
+    files = [pictures/name for name in ("classes.txt", "data.yaml", *labels)]
+    (pictures/"labels").mkdir(exist_ok=True)
+    try:
+        for file, content in zip(files, [b"cat\ndog\nbird", yaml.encode(), *labels.values()]): file.write_bytes(content)
+        check(pictures, tmp_path/"out", "yolo", background=background)
     finally:
         for file in files: file.unlink()

@@ -1,6 +1,9 @@
 "`nbs` as people and programs call it."
 import json, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
+
+from nbs_lib.coco import load_coco
 
 NBS = Path(sys.executable).parent/"nbs"
 
@@ -19,6 +22,33 @@ def test_ingest_blood_cells(real, tmp_path):
     assert all((tmp_path/"out/images"/im["file_name"]).exists() for im in coco["images"])
     letters = json.loads(nbs("letters", tmp_path/"out/dead_letters.jsonl", "--json"))
     assert [(l["code"], l["file"]) for l in letters] == [("empty_box", f"BCCD/Annotations/BloodImage_{n}.xml") for n in ("00338", "00343")]
+
+
+def boxes(folder):
+    "Boxes without crowds, by content of their picture."
+    samples, _, _ = load_coco(folder/"annotations.json", folder/"images")
+    rows = {s.path.name: sorted(zip(s.boxes.label.tolist(), s.boxes.xyxy.tolist())) for s in (replace(s, boxes=s.boxes[~s.boxes.is_crowd]) for s in samples)}
+    return [(name, label, xyxy) for name, found in sorted(rows.items()) for label, xyxy in found]
+
+
+def test_coco_and_yolo_are_equal(real, tmp_path):
+    "33 pictures of COCO, annotated in both: equal boxes within half a pixel; the picture without boxes has no label file."
+    for format in ("coco", "yolo"): nbs("ingest", real/"coco33_permissive", "--format", format, "--out", tmp_path/format)
+    letters = json.loads(nbs("letters", tmp_path/"yolo/dead_letters.jsonl", "--json"))
+    assert [letter["code"] for letter in letters] == ["missing_label"]
+    coco, yolo = boxes(tmp_path/"coco"), boxes(tmp_path/"yolo")
+    assert len(coco) == 243 and [box[:2] for box in coco] == [box[:2] for box in yolo]
+    assert max(abs(a - b) for one, other in zip(coco, yolo) for a, b in zip(one[2], other[2])) < .5
+    nbs("export", tmp_path/"again", "--set", tmp_path/"coco", "--format", "yolo")
+    nbs("ingest", tmp_path/"again", "--format", "yolo", "--out", tmp_path/"back")
+    assert max(abs(a - b) for one, other in zip(coco, boxes(tmp_path/"back")) for a, b in zip(one[2], other[2])) < .01
+
+
+def test_label_studio(real, tmp_path):
+    "Two exports with a class list each; one picture is in both."
+    report = json.loads(nbs("ingest", real/"labelstudio_yolo", "--format", "yolo", "--out", tmp_path/"out", "--json"))
+    account = {k: report[k] for k in ("pictures", "samples", "duplicates", "boxes", "boxes_kept", "letters")}
+    assert account == dict(pictures=12, samples=11, duplicates=1, boxes=44, boxes_kept=40, letters={})
 
 
 def test_evaluate_coco(real):

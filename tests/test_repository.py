@@ -6,7 +6,7 @@ import pytest
 
 from conftest import LEFT_OUT, ROOT
 
-NOTEBOOKS = sorted((ROOT/"notebooks").glob("api/*.ipynb")) + sorted((ROOT/"notebooks").glob("guides/*.ipynb"))
+NOTEBOOKS = sorted((ROOT/"notebooks").glob("api/*.ipynb"))
 BIN = Path(sys.executable).parent
 
 

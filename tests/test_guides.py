@@ -1,0 +1,17 @@
+"Every guide runs, on a small setting; `make guides` runs them in full."
+import subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+GUIDES = sorted((ROOT/"notebooks/guides").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda p: p.stem)
+def test_guide(guide, tmp_path, request):
+    given = ["-p", "folder", request.getfixturevalue("real")/"bccd"] if "blood" in guide.stem else []
+    command = [Path(sys.executable).with_name("papermill"), guide, tmp_path/guide.name, "-p", "small", "True", *given, "--no-progress-bar"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
