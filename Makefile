@@ -36,6 +36,7 @@ run: install  ## pictures in, judged detector out
 	@echo "run: fetch, ingest, split, train, evaluate; only what changed"
 	@dvc config --local core.no_scm $(if $(wildcard .git),false,true)
 	@$(if $(NBS_ENV),nbs params --apply)
+	@python -m flows.preflight
 	@dvc repro
 	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters"
 	@dvc metrics show data/reports/evaluate.json

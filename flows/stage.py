@@ -188,7 +188,9 @@ def run(stage, given, token, stopped):
         exporter = pool.submit(html_exporter, notebook)
         why = stopped or execute(notebook, executed, given)
         if stopped: why = f"Stopped by {stopped[0].name}"
-        if executed.exists(): export(executed, why, exporter.result())
+        try:
+            if executed.exists(): export(executed, why, exporter.result())
+        except Exception as error: why = why or f"no report could be written: {type(error).__name__}: {error}"  # what came first is the cause
     return why and f"{textwrap.shorten(why, 600)}\nsee {executed.with_suffix('.html')}"
 
 

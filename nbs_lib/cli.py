@@ -10,7 +10,7 @@ import json, sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .config import WrongCall, apply_environment, environment, read_json, read_yaml, workspace, write_json
+from .config import WrongCall, apply_environment, environment, overlay, read_json, read_yaml, workspace, write_json
 from .deadletter import count_letters, read_letters
 
 # %% ../notebooks/api/40_cli.ipynb #app
@@ -76,13 +76,22 @@ def params(
     as_json: Json = False,
 ):
     "The parameters of every stage, and what an environment changes."
+    if apply and not env: raise WrongCall('name the environment to apply: nbs params --env dev --apply')
     file, differs = read_yaml(workspace()/'params.yaml'), environment(env) if env else {}
     if apply: apply_environment(env)
     if as_json: return print(json.dumps({section: {**values, **differs.get(section, {})} for section, values in file.items()}))
     for section, values in file.items():
         for k, v in values.items():
-            print(f"{f'{section}.{k}':20} {v}" + (f'  → {differs[section][k]} in {env}' if k in differs.get(section, {}) else ''))
-    if apply: print(f'{env} now holds in params.yaml; git diff params.yaml shows what changed' if differs else 'params.yaml holds these values already')
+            new = differs.get(section, {}).get(k)
+            if new is not None or not apply: print(f"{f'{section}.{k}':20} {v}" + (f'  → {new} in {env}' if new is not None else ''))
+    if apply: print(f'params.yaml holds the values of {env}; `git checkout params.yaml` takes them back' + _left_over(env))
+
+def _left_over(env):
+    "A warning where an environment that was applied before still shows."
+    file, mine = read_yaml(workspace()/'params.yaml'), overlay(env)
+    others = (f.stem for f in sorted((workspace()/'environments').glob('*.yaml')) if f.stem != env)
+    left = [f'{section}.{k} ({other})' for other in others for (section, k), v in overlay(other).items() if (section, k) not in mine and file[section][k] == v]
+    return f"\nit also holds values of other environments: {', '.join(left)}; take them back first unless they are meant" if left else ''
 
 # %% ../notebooks/api/40_cli.ipynb #evaluate
 @app.command()

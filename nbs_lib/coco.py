@@ -136,13 +136,16 @@ def load_coco(
     path: Path,    # COCO file that `write_coco` made
     images: Path,  # folder of its pictures
 ) -> tuple:        # (samples, class names, info)
-    "Read the canonical form back. Raises `WrongCall` where there is no such file."
-    coco = read_json(path)
+    "Read the canonical form back. Raises `WrongCall` where there is no such file, or it is another's."
+    try: return _canonical(read_json(path), Path(images))
+    except (KeyError, TypeError, AttributeError): raise WrongCall(f"{path}: not a set that `nbs ingest` made") from None
+
+def _canonical(coco, images):
     names, rows = {c['id']: c['name'] for c in coco['categories']}, defaultdict(list)
     for a in coco['annotations']: rows[a['image_id']].append(a)
     def sample(im):
         mine = rows[im['id']]
         xywh = np.array([a['bbox'] for a in mine], float).reshape(-1, 4)
         boxes = Boxes(from_xywh(xywh), [names[a['category_id']] for a in mine], crowd=[a['iscrowd'] for a in mine])
-        return Sample(Path(images)/im['file_name'], boxes, (im['width'], im['height']), im['source'], im['origin'], im['id'], im['split'])
+        return Sample(images/im['file_name'], boxes, (im['width'], im['height']), im['source'], im['origin'], im['id'], im['split'])
     return [sample(im) for im in coco['images']], list(names.values()), coco['info']

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WrongCall', 'nearest', 'workspace', 'cores', 'replacing', 'write_json', 'read_json', 'read_yaml', 'write_yaml',
-           'coerce', 'environment', 'apply_environment', 'Params', 'params', 'check_sections', 'run_id', 'destination']
+           'coerce', 'environment', 'overlay', 'apply_environment', 'Params', 'params', 'check_sections', 'run_id',
+           'destination']
 
 # %% ../notebooks/api/00_config.ipynb #imports
 import ast, difflib, json, os, re, shutil, threading
@@ -105,7 +106,7 @@ def read_yaml(
     "Read YAML safely. Raises `WrongCall` where there is no such file or it is not YAML."
     try: return yaml.safe_load(Path(path).read_text(encoding='utf-8-sig'))
     except OSError as e: raise WrongCall(f"{path}: {e.strerror.lower()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise WrongCall(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e: raise WrongCall(f"{path}: not YAML: {' '.join(str(e).split())}") from None
 
 def write_yaml(
     path: Path,  # file to write
@@ -154,17 +155,32 @@ def environment(
     path: Path = None,  # params.yaml, with the folder `environments` beside it; None: the workspace's own
 ) -> dict:              # section → key → value, only what differs from params.yaml
     "What an environment changes. Raises `WrongCall` for an unknown environment, section or key, or a value of the wrong type."
-    name, path = name or os.environ.get('NBS_ENV'), Path(path or workspace()/'params.yaml')
-    if not name: return {}
-    files = {f.stem: f for f in sorted((path.parent/'environments').glob('*.yaml'))}
-    if name not in files: raise WrongCall(f"there is no environment {name!r}.{nearest(name, files)}")
-    differs, given, usual = {}, read_yaml(files[name]) or {}, read_yaml(path)
-    _known(files[name], 'section', given, usual)
-    for section, values in given.items():
-        _known(files[name], f'key of {section}', values, _section(section, path))
-        values = {k: coerce(v, type(usual[section][k]), f'{section}.{k}') for k, v in values.items()}
-        differs[section] = {k: v for k, v in values.items() if v != usual[section][k]}
-    return {section: values for section, values in differs.items() if values}
+    path = Path(path or workspace()/'params.yaml')
+    usual, differs = read_yaml(path), {}
+    for (section, k), v in overlay(name or os.environ.get('NBS_ENV'), path=path).items():
+        if v != usual[section][k]: differs.setdefault(section, {})[k] = v
+    return differs
+
+def overlay(
+    name: str,          # of the environment; None: no environment
+    *,
+    path: Path = None,  # as for `environment`
+) -> dict:              # (section, key) → value, all that the environment's file says
+    "An environment's file, checked against params.yaml. Raises what `environment` raises."
+    path = Path(path or workspace()/'params.yaml')
+    files, given = {f.stem: f for f in sorted((path.parent/'environments').glob('*.yaml'))}, {}
+    if name and name not in files: raise WrongCall(f"there is no environment {name!r}.{nearest(name, files)}")
+    whole = name and read_yaml(files[name]) or {}
+    _known(name, 'section', whole, read_yaml(path))
+    for section, values in whole.items():
+        usual = _section(section, path)
+        _known(name, f'key of {section}', values, usual)
+        given |= {(section, k): _alike(v, usual[k], f'{section}.{k} in environment {name}') for k, v in values.items()}
+    return given
+
+def _alike(value, usual, key):
+    "The value, of the type it has in params.yaml; a whole number there does not forbid fractions."
+    return coerce(value, float if type(usual) is int and type(value) is float else type(usual), key)
 
 def _section(name, path):
     whole = read_yaml(path)
@@ -172,10 +188,10 @@ def _section(name, path):
     if not isinstance(whole[name], dict): raise WrongCall(f"{path.name}: section {name!r} must hold keys and values, not {whole[name]!r}")
     return whole[name]
 
-def _known(file, what, given, known):
-    if not isinstance(given, dict): raise WrongCall(f"{file.name}: keys and values were expected, not {given!r}")
+def _known(name, what, given, known):
+    if not isinstance(given, dict): raise WrongCall(f"environment {name}: keys and values were expected, not {given!r}")
     for k in given:
-        if k not in known: raise WrongCall(f"{file.name}: {k!r} is no {what}.{nearest(k, known)}")
+        if k not in (known or ()): raise WrongCall(f"environment {name}: {k!r} is no {what}.{nearest(k, known or ())}")
 
 # %% ../notebooks/api/00_config.ipynb #apply-environment
 def apply_environment(
@@ -251,7 +267,7 @@ def destination(
     usual: Path,  # where a run with params.yaml's own values writes
     runs: Path,   # folder that holds one folder a run
 ) -> Path:        # an existing folder
-    "Where this run writes: `p.out` when given, else `usual`, else its own folder below `runs`."
-    there = Path(p.out) if p.out else Path(runs)/run_id() if p.changed else Path(usual)
+    "Where this run writes: `p.out` when given (below the workspace unless absolute), else `usual`, else its own folder below `runs`."
+    there = workspace()/p.out if p.out else Path(runs)/run_id() if p.changed else Path(usual)
     there.mkdir(parents=True, exist_ok=True)
     return there

@@ -20,7 +20,6 @@ def colours(
     return {n: cmap(i if few else i / len(names))[:3] for i, n in enumerate(names)}
 
 # %% ../notebooks/api/04_draw.ipynb #show-boxes
-@plt.rc_context({'text.parse_math': False})
 def show_boxes(
     image,                # PIL image or (h, w, 3) array
     boxes: Boxes = None,  # drawn in full, with class and score
@@ -31,7 +30,7 @@ def show_boxes(
 ):                        # the matplotlib Axes
     "One picture with its boxes."
     ax = ax or plt.subplots(figsize=(4, 4))[1]
-    ax.imshow(image); ax.set_title(title, fontsize=8); ax.axis('off')
+    ax.imshow(image); ax.set_title(title, fontsize=8, parse_math=False); ax.axis('off')
     for b in (truth.xyxy if truth else ()):
         for style in (dict(color='black'), dict(color='white', linestyle=(0, (3, 3)))): ax.add_patch(_outline(b, linewidth=1.2, **style))
     if boxes is None: return ax
@@ -39,13 +38,13 @@ def show_boxes(
     for i, (b, label) in enumerate(zip(boxes.xyxy, boxes.label)):
         ax.add_patch(_outline(b, linewidth=1.5, color=colour[label]))
         text = label if boxes.score is None else f'{label} {boxes.score[i]:.2f}'
-        ax.text(b[0], b[1], text, fontsize=6, color='white', va='bottom', clip_on=True, bbox=dict(facecolor=colour[label], edgecolor='none', pad=.6))
+        box = dict(facecolor=colour[label], edgecolor='none', pad=.6)
+        ax.text(b[0], b[1], text, fontsize=6, color='white', va='bottom', clip_on=True, parse_math=False, bbox=box)
     return ax
 
 def _outline(b, **style): return plt.Rectangle((b[0], b[1]), b[2] - b[0], b[3] - b[1], fill=False, **style)
 
 # %% ../notebooks/api/04_draw.ipynb #gallery
-@plt.rc_context({'text.parse_math': False})
 def gallery(
     items: list,         # of dicts with the arguments of `show_boxes`: image, boxes, truth, title
     names: list = None,  # class names for the colours
@@ -59,7 +58,6 @@ def gallery(
     return fig
 
 # %% ../notebooks/api/04_draw.ipynb #show-pr
-@plt.rc_context({'text.parse_math': False})
 def show_pr(
     recall: np.ndarray,  # (r,) recall in [0, 1]
     precision: dict,     # class name → (r,) precision in [0, 1]
@@ -70,11 +68,11 @@ def show_pr(
     for name, colour in colours(list(precision)).items(): ax.plot(recall, precision[name], color=colour, linewidth=.8, label=name)
     if precision: ax.plot(recall, np.mean(list(precision.values()), axis=0), color='black', linewidth=2, label='mean')
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1), ylim=(0, 1.02))
-    if len(precision) <= 12: ax.legend(fontsize=6, loc='lower left', ncols=2)
+    if len(precision) <= 12:
+        for text in ax.legend(fontsize=6, loc='lower left', ncols=2).get_texts(): text.set_parse_math(False)
     return ax
 
 # %% ../notebooks/api/04_draw.ipynb #show-confusion
-@plt.rc_context({'text.parse_math': False})
 def show_confusion(
     matrix: np.ndarray,  # (n + 1, n + 1) counts: row the truth, column the prediction, last = nothing there
     names: list,         # n class names
@@ -85,8 +83,9 @@ def show_confusion(
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     ticks = range(len(names) + 1)
-    ax.set(xticks=ticks, yticks=ticks, xlabel='predicted', ylabel='true', yticklabels=[*names, 'nothing'])
-    ax.set_xticklabels([*names, 'nothing'], rotation=45, ha='right', rotation_mode='anchor')
+    ax.set(xticks=ticks, yticks=ticks, xlabel='predicted', ylabel='true')
+    ax.set_yticklabels([*names, 'nothing'], parse_math=False)
+    ax.set_xticklabels([*names, 'nothing'], rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
     if len(names) <= 20:
         for (i, j), n in np.ndenumerate(matrix):
             if n: ax.text(j, i, int(n), ha='center', va='center', fontsize=6, color='white' if share[i, j] > .5 else 'black')

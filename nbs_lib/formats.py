@@ -6,11 +6,13 @@
 __all__ = ['READERS', 'WRITERS', 'read', 'write_coco_parts', 'export']
 
 # %% ../notebooks/api/10_formats.ipynb #imports
+import shutil
+from functools import partial
 from pathlib import Path
 from .coco import load_coco, read_coco, write_coco
 from .config import WrongCall, nearest, replacing
 from .voc import read_voc
-from .yolo import link, read_yolo, write_yolo
+from .yolo import read_yolo, write_yolo
 
 # %% ../notebooks/api/10_formats.ipynb #read
 READERS = {'coco': read_coco, 'voc': read_voc, 'yolo': read_yolo}
@@ -29,7 +31,7 @@ def read(
     for k in options:
         if k not in known: raise WrongCall(f"format {source['format']} has no option {k!r}.{nearest(k, known)}")
     path, folder = str(source['path']), Path(root)/str(source['path'])
-    if Path(root).is_symlink() or folder.resolve() != Path(root).resolve()/path:
+    if Path(root).is_symlink() or Path(path).is_absolute() or folder.resolve() != Path(root).resolve()/path:
         raise WrongCall(f'{folder}: a source must lie below {root} and not be a link: DVC would not notice when its content changes')
     return reader(folder, folder.resolve().name if path == '.' else path, **options)
 
@@ -42,10 +44,10 @@ def write_coco_parts(
     "Write a COCO folder a part."
     for part, samples in parts.items():
         (out/part).mkdir(parents=True)
-        for s in samples: link(s.path, out/part/s.path.name)
+        for s in samples: shutil.copyfile(s.path, out/part/s.path.name)
         write_coco(out/f'annotations/instances_{part}.json', samples, names)
 
-WRITERS = {'coco': write_coco_parts, 'yolo': write_yolo}
+WRITERS = {'coco': write_coco_parts, 'yolo': partial(write_yolo, put=shutil.copyfile)}
 
 def export(
     canonical: Path,  # folder that `ingest` made, with annotations.json and images/

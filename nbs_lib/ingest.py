@@ -9,9 +9,10 @@ __all__ = ['OURS', 'judge_boxes', 'Checked', 'balanced', 'ingest']
 import re, sqlite3
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
 import numpy as np
@@ -48,16 +49,21 @@ def judge_boxes(
 
 # %% ../notebooks/api/13_ingest.ipynb #checked
 class Checked:
-    "The gatekeeper with a memory."
+    "The gatekeeper with a memory. Several processes may share one folder."
     def __init__(self,
         folder: Path, # of the memory; None: it ends with this object
         **limits,     # as for `decode`
     ):
         if folder: Path(folder).mkdir(parents=True, exist_ok=True)
-        self.limits, self.lock, self.known = limits, Lock(), 0
-        self.db = sqlite3.connect(Path(folder)/f'{rules(**limits)}.sqlite' if folder else ':memory:', timeout=60, check_same_thread=False)
+        self.limits, self.lock, self.known, self.new = limits, Lock(), 0, {}
+        file = Path(folder)/f'{rules(**limits)}.sqlite' if folder else ':memory:'
+        try: self._open(file)
+        except sqlite3.OperationalError: raise  # busy, or the disk is full
+        except sqlite3.DatabaseError: file.unlink(); self._open(file)  # spoilt: begin anew
+
+    def _open(self, file):
+        self.db = sqlite3.connect(file, timeout=60, check_same_thread=False)
         self.db.execute('CREATE TABLE IF NOT EXISTS pictures (sha TEXT PRIMARY KEY, code, detail, width, height, suffix, png BLOB)')
-        [self.before] = self.db.execute('SELECT coalesce(max(rowid), 0) FROM pictures').fetchone()
 
     def __call__(self,
         path: Path, # a picture
@@ -65,24 +71,25 @@ class Checked:
         try: data = Path(path).read_bytes()
         except OSError as e: return Refused('unreadable_image', f'cannot be read: {e.strerror}')
         sha = content_hash(data)
-        row = self._ask(sha) or self._judge(sha, data)
-        code, detail, width, height, suffix, png = row
+        code, detail, width, height, suffix, png = self._ask(sha) or self._judge(sha, data)
         return Refused(code, detail) if code else (sha + suffix, (width, height), png or data)
 
     def _ask(self, sha):
         with self.lock:
-            id, *row = self.db.execute('SELECT rowid, code, detail, width, height, suffix, png FROM pictures WHERE sha = ?', (sha,)).fetchone() or (None,)
-            self.known += id is not None and id <= self.before
-        return row
+            row = self.db.execute('SELECT code, detail, width, height, suffix, png FROM pictures WHERE sha = ?', (sha,)).fetchone()
+            self.known += row is not None
+        return row or self.new.get(sha)
 
     def _judge(self, sha, data):
         p = decode(data, **self.limits)
         row = (p.code, p.detail, None, None, None, None) if isinstance(p, Refused) else (None, None, *p.size, p.suffix, None if p.data is data else p.data)
-        with self.lock: self.db.execute('INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)', (sha, *row))
+        self.new[sha] = row
         return row
 
     def save(self):
-        with self.lock: self.db.commit()
+        "Write what is new, in one short transaction."
+        rows, self.new = [(sha, *row) for sha, row in self.new.items()], {}
+        with self.db: self.db.executemany('INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?)', rows)
 
 # %% ../notebooks/api/13_ingest.ipynb #keep
 def _keep(item, images, checked):
@@ -97,7 +104,7 @@ def _keep(item, images, checked):
 
 def _decoded(items, images, checked):
     "Each item with what became of its picture, in order."
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool, closing(checked.db):
         while some := list(islice(items, 500)):
             yield from zip(some, pool.map(partial(_keep, images=images, checked=checked), some))
             checked.save()
@@ -126,7 +133,7 @@ def ingest(
     "Make the canonical set. Bad data becomes letters; raises `WrongCall` for a source that is not there or a wrong setting."
     out, seen, classes = _prepared(out, root, sources, overhang), Counter(), [str(c) for c in classes]
     letters, samples, twins, checked = [], {}, [], Checked(cache, max_pixels=max_pixels, min_side=min_side)
-    items = (item for source in sources for item in read(root, source))
+    items = chain.from_iterable([read(root, source) for source in sources])
     for item, stored in tqdm(_decoded(items, out/'images', checked), 'pictures', unit='', delay=2):
         _count(seen, item)
         if stored is None: letters.append(item)

@@ -6,7 +6,7 @@
 __all__ = ['class_lists', 'label_of', 'read_yolo', 'yolo_label', 'write_yolo', 'link']
 
 # %% ../notebooks/api/08_yolo.ipynb #imports
-import os, shutil
+import os, re, shutil
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
@@ -28,11 +28,11 @@ def class_lists(
 def _names_in(file):
     "Class names by number; empty where the file is broken, None where it is about something else."
     try: content = read_yaml(file) if file.suffix.lower() in ('.yaml', '.yml') else {'names': file.read_text(encoding='utf-8-sig').splitlines()}
-    except (WrongCall, ValueError): return {}
+    except (WrongCall, OSError, ValueError): return {}
     if not isinstance(content, dict) or 'names' not in content: return None
     names = content['names']
     named = names.items() if isinstance(names, dict) else enumerate(names if isinstance(names, list) else [])
-    return {int(i): str(n).strip() for i, n in named if str(i).isdigit() and is_name(str(n))}
+    return {int(i): str(n).strip() for i, n in named if str(i).isdecimal() and is_name(str(n))}
 
 # %% ../notebooks/api/08_yolo.ipynb #label-of
 def label_of(
@@ -41,8 +41,8 @@ def label_of(
 ) -> Path:          # where its label file is, or None
     "The label file of a picture."
     parts = picture.relative_to(tree.root).with_suffix('.txt').parts
-    last = next((i for i in reversed(range(len(parts) - 1)) if parts[i] == 'images'), None)
-    swapped = [tree.root.joinpath(*parts[:last], 'labels', *parts[last + 1:])] if last is not None else []
+    last = next((i for i in reversed(range(len(parts) - 1)) if parts[i].lower() == 'images'), None)
+    swapped = [tree.root.joinpath(*parts[:last], name, *parts[last + 1:]) for name in ('labels', 'Labels')] if last is not None else []
     return next((f for f in (*swapped, tree.root.joinpath(*parts), tree.root/'labels'/parts[-1]) if f in tree), None)
 
 # %% ../notebooks/api/08_yolo.ipynb #parts
@@ -52,21 +52,25 @@ def _parts(tree, lists):
     for file, _ in lists:
         content = read_yaml(file) if file.suffix.lower() in ('.yaml', '.yml') and _names_in(file) else {}
         base = file.parent/str(content.get('path') or '.')
-        for part in ('train', 'val', 'test'):
-            entries = content.get(part) or []
+        for key in ('train', 'val', 'validation', 'test'):
+            entries = content.get(key) or []
             for entry in entries if isinstance(entries, list) else [entries]:
-                for picture in _listed(tree, (base, file.parent), str(entry)): found.setdefault(picture, set()).add(part)
+                for picture in _listed(tree, (base, file.parent), str(entry)): found.setdefault(picture, set()).add(split_in(key))
     return {p: next(iter(parts)) if len(parts) == 1 else None for p, parts in found.items()}
 
 def _listed(tree, bases, entry):
     "The pictures that one entry of a data.yaml means."
-    for base in bases:
-        path = Path(os.path.normpath(base/entry))
+    for base, name in ((b, n) for n in dict.fromkeys((entry, entry.removeprefix('../'))) for b in bases):
+        path = Path(os.path.normpath(base/name))
         if path in tree:
-            for line in path.read_text(encoding='utf-8-sig', errors='replace').splitlines():
-                if line.strip(): yield from (p for b in (path.parent, base) if (p := Path(os.path.normpath(b/line.strip()))) in tree)
-            return
-        if path.is_dir(): yield from (p for p in tree.endswith(*PICTURES) if p.is_relative_to(path)); return
+            lines = path.read_text(encoding='utf-8-sig', errors='replace').splitlines()
+            return [p for line in lines if line.strip() for p in _named(tree, (path.parent, base), line.strip())]
+        if os.path.isdir(path): return [p for p in tree.endswith(*PICTURES) if p.is_relative_to(path)]
+    return []
+
+def _named(tree, bases, line):
+    there = [p for b in bases if (p := Path(os.path.normpath(b/line))) in tree] or tree.by_name[Path(line).name.casefold()]
+    return there[:1] if len(set(there)) == 1 else []
 
 # %% ../notebooks/api/08_yolo.ipynb #read-yolo
 def read_yolo(
@@ -77,41 +81,46 @@ def read_yolo(
 ):                             # yields Sample and Letter
     "Read YOLO txt (docs.ultralytics.com/datasets/detect). Raises `WrongCall` where the source has no class list."
     tree = Tree(source)
-    (first, classes), *others = lists = class_lists(tree)
+    lists = class_lists(tree)
+    first, classes = next((l for l in lists if l[1]), lists[0])
+    if not classes: yield Letter('malformed_record', 'file', name, tree.relative(first), detail='no class names can be read from it')
     for file, names in lists:
-        if not names: yield Letter('malformed_record', 'file', name, tree.relative(file), detail='no class names can be read from it')
-    for file, names in others:
         if names and names != classes:
             yield Letter('class_lists_disagree', 'file', name, tree.relative(file), None, f'{tree.relative(first)} has other classes')
-    parts, used = _parts(tree, lists), set()
+    parts, used, posed = _parts(tree, lists), {f for f, _ in lists}, first.suffix != '.txt' and 'kpt_shape' in first.read_text(errors='replace')
     for picture in tree.endswith(*PICTURES):
         file, split = tree.relative(picture), parts[picture] if picture in parts else split_in(tree.relative(picture))
         label = label_of(tree, picture)
         used.add(label)
-        if label: yield from _label_file(tree, name, picture, label, classes, split)
+        if label: yield from _label_file(tree, name, picture, label, classes, split, posed)
         elif background: yield sample_of(picture, [], name, file, None, split, relative=True)
         else: yield Letter('missing_label', 'picture', name, file, detail='there is no label file; `background: true` takes such pictures as empty')
     for label in tree.endswith('.txt'):
-        if 'labels' in label.parts[len(tree.root.parts):-1] and label not in used and label.name.lower() != 'classes.txt':
-            boxes = sum(bool(l.strip()) for l in label.read_bytes().splitlines())
-            yield Letter('missing_image', 'picture', name, tree.relative(label), detail='no picture belongs to this label file', boxes=boxes)
+        if label not in used and (lines := _orphan(label, tree)) is not None:
+            yield Letter('missing_image', 'picture', name, tree.relative(label), detail='no picture belongs to this label file', boxes=len(lines))
+
+def _orphan(file, tree):
+    "The lines of a text file that is a label file, by its folder or its content."
+    lines = [l for l in file.read_bytes().splitlines() if l.strip()]
+    looks = bool(lines) and re.fullmatch(rb'\s*\d+(\.0*)?(\s+[-+.\deE]+){4,}\s*', lines[0])
+    return lines if looks or 'labels' in map(str.lower, tree.relative(file).split('/')[:-1]) else None
 
 # %% ../notebooks/api/08_yolo.ipynb #label-file
-def _label_file(tree, name, picture, label, classes, split):
+def _label_file(tree, name, picture, label, classes, split, posed):
     file, boxes = tree.relative(label), []
     try: rows = label.read_text(encoding='utf-8-sig').splitlines()
     except (OSError, ValueError) as e: return (yield Letter('malformed_record', 'picture', name, file, detail=f'the label file cannot be read: {e}'))
     for row, line in enumerate(rows, 1):
         try:
-            if line.strip(): boxes.append(((row, line), *_box(line.split(), classes), False))
+            if line.strip(): boxes.append(((row, line), *_box(line.split(), classes, posed), False))
         except Fault as e: yield Letter(e.code, 'box', name, file, row, str(e), line)
     yield sample_of(picture, boxes, name, file, None, split, relative=True)
 
-def _box(columns, classes):
+def _box(columns, classes, posed):
     "(edges as shares, class name)"
     number, *rest = numbers(columns, len(columns))
     if number not in classes: raise Fault('unknown_class', f'class {columns[0]} is not in the list of {len(classes)}')
-    if len(rest) == 4: return from_yolo(np.array([rest]))[0], classes[number]
+    if len(rest) == 4 or posed and len(rest) > 4: return from_yolo(np.array([rest[:4]]))[0], classes[number]
     if len(rest) < 6 or len(rest) % 2: raise Fault('malformed_record', f'5 columns were expected, not {len(columns)}: class, centre x, centre y, width, height')
     corners = np.array(rest).reshape(-1, 2)
     return np.concatenate([corners.min(0), corners.max(0)]), classes[number]
@@ -129,12 +138,13 @@ def write_yolo(
     out: Path,    # folder to fill: images/ and labels/{part}, data.yaml
     parts: dict,  # part (train, val, test) → list of Sample, with sizes
     names: list,  # class names; their order gives the class numbers
+    put=None,     # how a picture comes there, called with (source, target); None: `link`
 ):
     "Write the tree that ultralytics trains from."
     for part, samples in parts.items():
         for kind in ('images', 'labels'): (out/kind/part).mkdir(parents=True)
         for s in tqdm(samples, part, delay=2):
-            link(s.path, out/'images'/part/s.path.name)
+            (put or link)(s.path, out/'images'/part/s.path.name)
             (out/'labels'/part/f'{s.path.stem}.txt').write_text(yolo_label(s, names))
     write_yaml(out/'data.yaml', {**{p: f'images/{p}' for p in parts}, 'names': dict(enumerate(names))})
 

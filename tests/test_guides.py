@@ -1,5 +1,5 @@
-"Every guide runs, on a small setting; `make guides` runs them in full."
-import subprocess, sys
+"Every guide runs and shows its pictures, on a small setting; `make guides` runs them in full."
+import json, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -15,3 +15,6 @@ def test_guide(guide, tmp_path, request):
     command = [Path(sys.executable).with_name("papermill"), guide, tmp_path/guide.name, "-p", "small", "True", *given, "--no-progress-bar"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    cells = [c for c in json.loads((tmp_path/guide.name).read_text())["cells"] if c["cell_type"] == "code"]
+    drawn = [c for c in cells if re.search(r"^_ = .*(gallery|show_\w+)\(|plt\.subplots|plot\.", "".join(c["source"]), re.MULTILINE)]
+    assert drawn and [c["id"] for c in drawn if not any("image/png" in o.get("data", {}) for o in c["outputs"])] == []
