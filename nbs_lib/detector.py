@@ -111,7 +111,8 @@ def _keep(trainer, work):
     "Copy what it takes to go on from this epoch, then drop the copies before."
     before = _checkpoints(work)
     with replacing(work/f"epoch-{trainer.epoch + 1:05}{'-last' if trainer.stop else ''}", folder=True) as tmp:
-        for f in (trainer.last, trainer.best, trainer.csv): shutil.copyfile(f, tmp/f.name)
+        for f in (trainer.last, trainer.best, trainer.csv):
+            if f.exists(): shutil.copyfile(f, tmp/f.name)  # there is no best while no epoch had a finite score
     for old in before: shutil.rmtree(old)
 
 def _checkpoints(work): return sorted(Path(work).glob('epoch-*'))
@@ -211,8 +212,9 @@ def _outcome(folder, out, model, imgsz, device):
     "Write the bundle of a finished training; (report, curves)."
     from ultralytics.utils.patches import torch_load
     from ultralytics.utils.torch_utils import select_device
-    [last] = _checkpoints(folder)
-    weights, curves = torch_load(last/'best.pt', map_location='cpu'), _curves(last/'results.csv')
+    last = _checkpoints(folder)[-1]
+    file = last/'best.pt' if (last/'best.pt').exists() else last/'last.pt'
+    weights, curves = torch_load(file, map_location='cpu'), _curves(last/'results.csv')
     names = list(weights['ema'].names.values())
     best = max(range(len(curves['epoch'])), key=lambda i: curves['val_map'][i])
     parameters = sum(p.numel() for p in weights['ema'].parameters())

@@ -64,5 +64,5 @@ def test_a_folder_that_cannot_be_written(finished):
 def test_no_room_is_told(finished):
     "A limit on the size of files stands in for a full disk: `make test-kills` fills a real one."
     finished.set(split=dict(max_dead_rate=.6))
-    said = finished.run("bash", "-c", "ulimit -f 8; python -m flows.stage train", status=1)
-    assert "train failed" in said and "File too large" in said and "Traceback" not in said
+    said = finished.run("bash", "-c", "ulimit -f 8; python -m flows.stage split", status=1)
+    assert "split failed" in said and "File too large" in said and "Traceback" not in said
