@@ -45,14 +45,16 @@ test: install  ## every notebook, every rule, the whole pipeline on a small sett
 	@echo "test: api notebooks, rules, end to end"
 	@python -m pytest
 
-test-kills: install  ## every process stopped at three moments of every stage (half an hour)
+test-kills: install  ## every process stopped at three moments of every stage (twenty minutes)
 	@echo "test-kills: KILL, TERM, Ctrl-C, full disk"
 	@python -m pytest -m kills -s tests/test_interruptions.py
 
 guides: install  ## the guides in full, as HTML in data/runs/guides (the one on blood cells needs data/raw/bccd)
 	@mkdir -p data/runs/guides
-	@for guide in notebooks/guides/*.ipynb; do echo "guides: $$guide"; \
-		papermill --no-progress-bar $$guide data/runs/guides/$$(basename $$guide) && jupyter nbconvert --log-level=ERROR --to html data/runs/guides/$$(basename $$guide); done
+	@for guide in notebooks/guides/*.ipynb; do \
+		if [[ $$guide == *blood_cells* && ! -d data/raw/bccd ]]; then echo "guides: $$guide is left out, there is no data/raw/bccd"; continue; fi; \
+		echo "guides: $$guide"; executed=data/runs/guides/$$(basename $$guide); \
+		papermill --no-progress-bar $$guide $$executed && jupyter nbconvert --log-level=ERROR --to html $$executed || exit 1; done
 
 lab: install  ## JupyterLab on this workspace
 	@jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/README.md
