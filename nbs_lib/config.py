@@ -203,7 +203,7 @@ def apply_environment(
     path = Path(path or workspace()/'params.yaml')
     if not (differs := environment(name, path=path)): return {}
     editor = YAML()
-    editor.width = 200
+    editor.width = 200; editor.indent(sequence=4, offset=2)  # as params.yaml is written
     whole = editor.load(path)
     for section, values in differs.items(): whole[section].update(values)
     with replacing(path) as tmp: editor.dump(whole, tmp)
