@@ -77,8 +77,8 @@ def params(
 ):
     "The parameters of every stage, and what an environment changes."
     if apply and not env: raise WrongCall('name the environment to apply: nbs params --env dev --apply')
-    file, differs = read_yaml(workspace()/'params.yaml'), environment(env) if env else {}
-    if apply: apply_environment(env)
+    file = read_yaml(workspace()/'params.yaml')
+    differs = apply_environment(env) if apply else environment(env)
     if as_json: return print(json.dumps({section: {**values, **differs.get(section, {})} for section, values in file.items()}))
     for section, values in file.items():
         for k, v in values.items():

@@ -147,7 +147,7 @@ def _alone(work, key):
 def _bundle(weights, out, about):
     "Write best.pt and model.json of a loaded checkpoint; the hash of the weights."
     import torch
-    net = weights['ema'] or weights['model']
+    net = weights['ema']
     net.args, net.criterion = dict(imgsz=about['imgsz'], task='detect'), None
     for name in ('pt_path', 'yaml_file'): net.__dict__.pop(name, None)
     net.half().requires_grad_(False)

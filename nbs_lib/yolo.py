@@ -49,8 +49,8 @@ def label_of(
 def _parts(tree, lists):
     "Split by picture, for pictures that exactly one part of a data.yaml names."
     found = {}
-    for file, _ in lists:
-        content = read_yaml(file) if file.suffix.lower() in ('.yaml', '.yml') and _names_in(file) else {}
+    for file, names in lists:
+        content = read_yaml(file) if names and file.suffix.lower() in ('.yaml', '.yml') else {}
         base = file.parent/str(content.get('path') or '.')
         for key in ('train', 'val', 'validation', 'test'):
             entries = content.get(key) or []

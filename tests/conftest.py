@@ -81,7 +81,7 @@ def workspace(tmp_path):
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("finished")/"workspace")
-    workspace.said = workspace.run("dvc", "repro")
+    workspace.run("dvc", "repro")
     return workspace
 
 
