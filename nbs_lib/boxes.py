@@ -96,5 +96,7 @@ class Sample:
     file: str = ''            # the annotation file, relative to the source
     row: object = None        # the picture's id or row in it
     split: str = None         # the source's own split: train, val, test or None
+    brightness: float = None  # mean luminance, 0 black to 255 white; None until someone decoded the picture
+    looks: str = ''           # perceptual hash, 16 hex digits; near-equal pictures have near-equal ones
     relative: bool = False    # edges are shares of the picture's width and height, as in YOLO's files; ingest makes pixels of them
     records: tuple = field(default=(), repr=False)  # one a box: (row or id, the annotation as it was read)
