@@ -8,102 +8,121 @@ __all__ = ['coco_files', 'read_coco', 'write_coco', 'load_coco']
 # %% ../notebooks/api/06_coco.ipynb #imports
 import json
 from collections import defaultdict
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 import numpy as np
 from .boxes import Boxes, Sample, from_xywh, to_xywh
 from .config import WrongCall, read_json, replacing
-from .deadletter import Letter
-from .source import Fault, Tree, is_name, need, numbers, picture_of, sample_of, split_in
+from .deadletter import Fault, Letter, Patches
+from .source import Reading, Tree, is_name, need, numbers, picture_of, sample_of, split_in
+from .stream import Spool, stream_json
 
 # %% ../notebooks/api/06_coco.ipynb #coco-files
 def coco_files(
     tree: Tree, # the source
-) -> list:      # of (path, content)
+) -> list:      # of paths
     "The annotation files of a source: JSON that lists images, or no JSON at all; only `instances*` where there are such."
     files = tree.endswith('.json')
-    files = [f for f in files if f.name.startswith('instances')] or files
-    return [(f, c) for f in files if isinstance(c := _content(f), WrongCall) or (isinstance(c, dict) and 'images' in c)]
+    return [f for f in [f for f in files if f.name.startswith('instances')] or files if _lists_images(f)]
 
-def _content(path):
-    try: return read_json(path)
-    except WrongCall as e: return WrongCall(str(e).removeprefix(f'{path}: '))
+def _lists_images(path):
+    try: return any(key == 'images' for key, _, _ in stream_json(path))
+    except Fault: return True  # so that somebody is told
 
 # %% ../notebooks/api/06_coco.ipynb #read-coco
 def read_coco(
-    source: Path,  # folder with COCO JSON files and pictures, at any depth
-    name: str,     # what letters and samples call the source
-):                 # yields Sample and Letter
+    source: Path,             # folder with COCO JSON files and pictures, at any depth
+    name: str,                # what letters and samples call the source
+    patches: Patches = None,  # people's decisions
+):                            # yields Found, Letter, and None for what a person dropped
     "Read COCO (cocodataset.org/#format-data). Raises `WrongCall` where the source has no COCO file."
-    tree = Tree(source)
-    files = coco_files(tree)
+    reading = Reading(source, name, patches)
+    files = coco_files(reading.tree)
     if not files: raise WrongCall(f"{source}: no COCO file there (JSON with 'images', 'annotations' and 'categories')")
-    for path, content in files: yield from _coco_file(tree, name, path, content)
+    yield from reading.unread()
+    for path in files: yield from _coco_file(reading, path)
 
-def _coco_file(tree, name, path, content):
-    file, pictures = tree.relative(path), {}
-    def letter(fault, level, row, record, boxes=0):
-        row = record.get('id', row) if isinstance(record, dict) else row
-        return Letter(fault.code, level, name, file, row, str(fault), record, boxes)
-    try: images, annotations, classes = _coco_lists(content)
-    except Fault as e: return (yield letter(e, 'file', None, None))
-    files = _files_by_id(images)
-    for row, im in enumerate(images):
-        try: pictures[_new_id(im, pictures, files)] = im, []
-        except Fault as e: yield letter(e, 'picture', row, im)
-    seen = set()
-    for row, a in enumerate(annotations):
-        try: box = _coco_box(a, row, pictures, classes, seen)
-        except Fault as e: yield letter(e, 'box', row, a)
-        else: pictures[a['image_id']][1].append(box)
-    for im, boxes in pictures.values():
-        try: yield _coco_sample(tree, name, path, im, boxes)
-        except Fault as e: yield letter(e, 'picture', None, im, len(boxes))
+def _coco_file(reading, path):
+    file = reading.tree.relative(path)
+    try: images, boxes, classes = _coco_lists(path)
+    except Fault as e: return (yield reading.letter(e.code, 'file', path, e.detail))
+    seen, parse = set(), partial(_coco_box, classes=classes)
+    files = {id: {str(im.get('file_name')) for _, im in images.of(id)} for id in images.keys() if id}
+    usable = {id for id, names in files.items() if len(names) == 1 and names != {'None'}}
+    for row, a in (r for id in [*boxes.keys()] if id not in usable for r in boxes.of(id)):
+        a = reading.attempt(partial(_known, usable=usable, parse=parse), a, 'box', file, _row(a, row))
+        if isinstance(a, dict): boxes.add(_id(a, 'image_id'), row, a)
+        else: yield a
+    for id in [*images.keys()]:
+        for nth, (row, im) in enumerate(images.of(id)):
+            find = lambda im: _coco_picture(reading.tree, path, im, files.get(_id(im, 'id'), ()), nth)
+            yield from _coco_sample(reading, file, row, im, find, boxes if nth == 0 else None, parse, seen)
 
 # %% ../notebooks/api/06_coco.ipynb #coco-lists
-def _coco_lists(content):
-    "images, annotations, and class names by id"
-    if isinstance(content, WrongCall): raise Fault('malformed_record', str(content))
-    lists = [content.get(k) for k in ('images', 'annotations', 'categories')]
-    if bad := [k for k, v in zip(('images', 'annotations', 'categories'), lists) if not isinstance(v, list)]:
+def _coco_lists(path):
+    "images by id, annotations by image_id, and class names by id"
+    found, classes = {k: Spool() for k in ('images', 'annotations')}, {}
+    key, listed = dict(images='id', annotations='image_id'), set()
+    for name, index, value in stream_json(path):
+        if index is not None or value == []: listed.add(name)
+        if index is None: continue
+        if name in found: found[name].add(_id(value, key[name]), index, value)
+        elif name == 'categories' and _id(value, 'id') and is_name(value.get('name')): classes[_id(value, 'id')] = value['name']
+    if bad := [k for k in ('images', 'annotations', 'categories') if k not in listed]:
         raise Fault('malformed_record', f"{' and '.join(bad)} must be a list")
-    named = (c for c in lists[2] if isinstance(c, dict) and _is_id(c.get('id')) and is_name(c.get('name')))
-    return *lists[:2], {c['id']: c['name'] for c in named}
+    return *found.values(), classes
 
-def _is_id(v): return isinstance(v, (int, str))
+def _id(record, key):
+    "An id as text that tells 1 from '1'; empty where there is none."
+    id = record.get(key) if isinstance(record, dict) else None
+    return json.dumps(id) if isinstance(id, (int, str)) else ''
 
-def _files_by_id(images):
-    files = defaultdict(set)
-    for im in images:
-        if isinstance(im, dict) and _is_id(im.get('id')): files[im['id']].add(str(im.get('file_name')))
-    return files
+def _row(record, row): return record.get('id', row) if isinstance(record, dict) else row
 
-def _new_id(record, known, files):
-    "The id of a picture, checked."
-    need(record, 'id', 'file_name')
-    id = record['id']
-    if not _is_id(id): raise Fault('malformed_record', f'the id must be a number or text, not {id!r}')
-    if len(files[id]) > 1: raise Fault('duplicate_id', f'{len(files[id])} pictures have the id {id}: nobody can tell whose its boxes are')
-    if id in known: raise Fault('duplicate_id', f'picture {id} was listed before')
-    return id
+def _known(a, usable, parse):
+    "The annotation, where its picture is listed."
+    parse(a)
+    if _id(a, 'image_id') not in usable: raise Fault('unknown_picture', f"there is no usable picture with id {a['image_id']!r}")
+    return a
 
-def _coco_box(a, row, pictures, classes, seen):
-    "((row or id, record), edges, class name, crowd)"
+def _coco_box(a, classes):
+    "(edges, class name, crowd)"
     need(a, 'image_id', 'category_id', 'bbox')
-    bbox, id = numbers(a['bbox'], 4), repr(a.get('id'))
-    if not _listed(a['image_id'], pictures): raise Fault('unknown_picture', f"there is no usable picture with id {a['image_id']!r}")
-    if not _listed(a['category_id'], classes): raise Fault('unknown_class', f"there is no category with id {a['category_id']!r}")
-    if 'id' in a and id in seen: raise Fault('duplicate_id', f'box {id} was listed before')
-    seen.add(id)
-    return (a.get('id', row), a), from_xywh(np.array([bbox]))[0], classes[a['category_id']], bool(a.get('iscrowd'))
+    bbox = numbers(a['bbox'], 4)
+    if (label := classes.get(_id(a, 'category_id'))) is None: raise Fault('unknown_class', f"there is no category with id {a['category_id']!r}")
+    return from_xywh(np.array([bbox]))[0], label, bool(a.get('iscrowd'))
 
-def _listed(id, known): return _is_id(id) and id in known
+def _new_box(a, parse, seen):
+    box, id = parse(a), a.get('id')
+    if isinstance(id, (int, str)) and id in seen: raise Fault('duplicate_id', f'box {id!r} was listed before')
+    if isinstance(id, (int, str)): seen.add(id)
+    return box
 
-def _coco_sample(tree, name, path, im, boxes):
-    picture = picture_of(tree, str(im['file_name']), path)
+# %% ../notebooks/api/06_coco.ipynb #coco-sample
+def _coco_picture(tree, path, im, names, nth):
+    need(im, 'id', 'file_name')
+    if not _id(im, 'id'): raise Fault('malformed_record', f"the id must be a number or text, not {im['id']!r}")
+    if len(names) > 1: raise Fault('duplicate_id', f"{len(names)} pictures have the id {im['id']}: nobody can tell whose its boxes are")
+    if nth: raise Fault('duplicate_id', f"picture {im['id']} was listed before")
+    return picture_of(tree, str(im['file_name']), path), im
+
+def _coco_sample(reading, file, row, im, find, boxes, parse, seen):
+    "The sample, or the picture's letter, after the letters of its boxes."
+    outcome = reading.attempt(find, im, 'picture', file, _row(im, row))
+    if outcome is None: return
+    picture, im = (None, im) if isinstance(outcome, Letter) else outcome
+    records = [(_row(a, n), a) for n, a in boxes.of(_id(im, 'id'))] if boxes and _id(im, 'id') else []
+    where = reading.tree.relative(picture) if picture else ''
+    good, bad = reading.boxes(partial(_new_box, parse=parse, seen=seen), records, file, where)
+    yield from bad
+    if not picture: return (yield replace(outcome, boxes=len(good)))
     own = im['split'] if isinstance(im.get('split'), str) else ''
-    split = split_in(own) or split_in(tree.relative(path)) or split_in(tree.relative(picture))
-    return sample_of(picture, boxes, name, tree.relative(path), im['id'], split)
+    split = split_in(own) or split_in(file) or split_in(where)
+    stated = tuple(im.get(k) for k in ('width', 'height'))
+    yield sample_of(picture, good, reading.name, file, im['id'], split, stated=stated, where=where, bad=len(bad), parse=parse,
+                    find=lambda record: picture_of(reading.tree, str(record['picture']), reading.tree.root/file))
 
 # %% ../notebooks/api/06_coco.ipynb #write-coco
 def write_coco(

@@ -7,13 +7,14 @@ __all__ = ['class_lists', 'label_of', 'read_yolo', 'yolo_label', 'write_yolo', '
 
 # %% ../notebooks/api/08_yolo.ipynb #imports
 import os, re, shutil
+from functools import partial
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 from .boxes import Sample, from_yolo, to_yolo
 from .config import WrongCall, read_yaml, write_yaml
-from .deadletter import Letter
-from .source import PICTURES, Fault, Tree, is_name, numbers, sample_of, split_in
+from .deadletter import Fault, Letter, Patches
+from .source import PICTURES, Reading, Tree, is_name, numbers, picture_of, sample_of, split_in, text_of
 
 # %% ../notebooks/api/08_yolo.ipynb #class-lists
 def class_lists(
@@ -22,7 +23,9 @@ def class_lists(
     "Every class list of a source. Raises `WrongCall` where there is none."
     files = [f for f in tree.files if f.suffix.lower() in ('.yaml', '.yml', '.names') or f.name.lower() == 'classes.txt']
     lists = [(f, names) for f in sorted(files, key=lambda f: (len(f.parts), f)) if (names := _names_in(f)) is not None]
-    if not lists: raise WrongCall(f"{tree.root}: no class names there: data.yaml with `names`, classes.txt or obj.names")
+    closed = [tree.relative(f) for f in tree.unreadable]
+    if not lists: raise WrongCall(f"{tree.root}: no class names there: data.yaml with `names`, classes.txt or obj.names"
+                                  + (f"; {', '.join(closed[:3])} may not be read" if closed else ''))
     return lists
 
 def _names_in(file):
@@ -76,28 +79,30 @@ def _named(tree, bases, line):
 def read_yolo(
     source: Path,              # folder with pictures, label files and a class list, at any depth
     name: str,                 # what letters and samples call the source
+    patches: Patches = None,   # people's decisions
     *,
     background: bool = False,  # a picture without a label file has no objects, and is not a letter
-):                             # yields Sample and Letter
+):                             # yields Found, Letter, and None for what a person dropped
     "Read YOLO txt (docs.ultralytics.com/datasets/detect). Raises `WrongCall` where the source has no class list."
-    tree = Tree(source)
-    lists = class_lists(tree)
+    reading = Reading(source, name, patches)
+    tree, lists = reading.tree, class_lists(reading.tree)
     first, classes = next((l for l in lists if l[1]), lists[0])
-    if not classes: yield Letter('malformed_record', 'file', name, tree.relative(first), detail='no class names can be read from it')
+    if not classes: yield reading.letter('malformed_record', 'file', first, 'no class names can be read from it')
     for file, names in lists:
-        if names and names != classes:
-            yield Letter('class_lists_disagree', 'file', name, tree.relative(file), None, f'{tree.relative(first)} has other classes')
-    parts, used, posed = _parts(tree, lists), {f for f, _ in lists}, first.suffix != '.txt' and 'kpt_shape' in first.read_text(errors='replace')
+        if names and names != classes: yield reading.letter('class_lists_disagree', 'file', file, f'{tree.relative(first)} has other classes')
+    parts, used = _parts(tree, lists), {f for f, names in lists if names}
+    parse = partial(_box, classes=classes, posed=first.suffix != '.txt' and 'kpt_shape' in first.read_text(errors='replace'))
     for picture in tree.endswith(*PICTURES):
-        file, split = tree.relative(picture), parts[picture] if picture in parts else split_in(tree.relative(picture))
-        label = label_of(tree, picture)
+        file, label = tree.relative(picture), label_of(tree, picture)
+        split = parts[picture] if picture in parts else split_in(file)
         used.add(label)
-        if label: yield from _label_file(tree, name, picture, label, classes, split, posed)
-        elif background: yield sample_of(picture, [], name, file, None, split, relative=True)
-        else: yield Letter('missing_label', 'picture', name, file, detail='there is no label file; `background: true` takes such pictures as empty')
+        if label: yield from _label_file(reading, picture, label, split, parse)
+        else: yield reading.unlabelled(picture, background, 'there is no label file', split)
+    for picture in tree.escaping: yield reading.letter('path_escapes_source', 'picture', picture, 'a link that leads out of the source')
     for label in tree.endswith('.txt'):
         if label not in used and (lines := _orphan(label, tree)) is not None:
-            yield Letter('missing_image', 'picture', name, tree.relative(label), detail='no picture belongs to this label file', boxes=len(lines))
+            yield reading.letter('missing_image', 'picture', label, 'no picture belongs to this label file', boxes=len(lines))
+    yield from reading.unread(used)
 
 def _orphan(file, tree):
     "The lines of a text file that is a label file, by its folder or its content."
@@ -106,24 +111,25 @@ def _orphan(file, tree):
     return lines if looks or 'labels' in map(str.lower, tree.relative(file).split('/')[:-1]) else None
 
 # %% ../notebooks/api/08_yolo.ipynb #label-file
-def _label_file(tree, name, picture, label, classes, split, posed):
-    file, boxes = tree.relative(label), []
-    try: rows = label.read_text(encoding='utf-8-sig').splitlines()
-    except (OSError, ValueError) as e: return (yield Letter('malformed_record', 'picture', name, file, detail=f'the label file cannot be read: {e}'))
-    for row, line in enumerate(rows, 1):
-        try:
-            if line.strip(): boxes.append(((row, line), *_box(line.split(), classes, posed), False))
-        except Fault as e: yield Letter(e.code, 'box', name, file, row, str(e), line)
-    yield sample_of(picture, boxes, name, file, None, split, relative=True)
+def _label_file(reading, picture, label, split, parse):
+    file, where = reading.tree.relative(label), reading.tree.relative(picture)
+    rows = reading.attempt(lambda _: text_of(label).splitlines(), None, 'picture', file, picture=where)
+    if not isinstance(rows, list): return (yield rows)
+    good, bad = reading.boxes(parse, [(n, line) for n, line in enumerate(rows, 1) if line.strip()], file, where)
+    yield from bad
+    yield sample_of(picture, good, reading.name, file, None, split, relative=True, where=where, bad=len(bad), parse=parse,
+                    find=lambda record: picture_of(reading.tree, str(record['picture']), label))
 
-def _box(columns, classes, posed):
-    "(edges as shares, class name)"
+def _box(line, classes, posed):
+    "(edges as shares, class name, crowd)"
+    columns = str(line).split()
+    if not columns: raise Fault('malformed_record', 'the line is empty')
     number, *rest = numbers(columns, len(columns))
     if number not in classes: raise Fault('unknown_class', f'class {columns[0]} is not in the list of {len(classes)}')
-    if len(rest) == 4 or posed and len(rest) > 4: return from_yolo(np.array([rest[:4]]))[0], classes[number]
+    if len(rest) == 4 or posed and len(rest) > 4: return from_yolo(np.array([rest[:4]]))[0], classes[number], False
     if len(rest) < 6 or len(rest) % 2: raise Fault('malformed_record', f'5 columns were expected, not {len(columns)}: class, centre x, centre y, width, height')
     corners = np.array(rest).reshape(-1, 2)
-    return np.concatenate([corners.min(0), corners.max(0)]), classes[number]
+    return np.concatenate([corners.min(0), corners.max(0)]), classes[number], False
 
 # %% ../notebooks/api/08_yolo.ipynb #yolo-label
 def yolo_label(

@@ -24,6 +24,7 @@ class Workspace:
         self.folder = Path(folder)
         shutil.copytree(ROOT, self.folder, ignore=LEFT_OUT)
         (self.folder/"data").mkdir()
+        shutil.copyfile(ROOT/"data/patches.jsonl", self.folder/"data/patches.jsonl")
         self.run("dvc", "config", "--local", "core.no_scm", "true")
         self.run("nbs", "params", "--env", "ci", "--apply")
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from nbs_lib.coco import load_coco
-from nbs_lib.deadletter import read_letters
+from nbs_lib.deadletter import Letters
 from nbs_lib.ingest import balanced, ingest
 
 NAMES = ["a.jpg", "b.jpg", "B.JPG", "gone.jpg", "sub/c.png", "../out.jpg", "/etc/hostname", "html.jpg", "line\nbreak.jpg", "dir.jpg", "loop.jpg", "$x_$.jpg"]
@@ -60,11 +60,11 @@ YAML = mostly(st.sampled_from(["names: [cat, dog, bird]", "names: {0: cat, 2: do
 FEW = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def check(root, out, format, **options):
+def check(root, out, format, bad="reject_box", **options):
     "Ingest, and read back all that it wrote."
-    report = ingest(out, root=root, sources=[dict(path=".", format=format, **options)], classes=[], max_pixels=10**6, min_side=10, overhang=.1)
+    report = ingest(out, root=root, sources=[dict(path=".", format=format, **options)], classes=[], max_pixels=10**6, min_side=10, overhang=.1, on_bad_box=bad)
     samples, names, info = load_coco(out/"annotations.json", out/"images")
-    letters = read_letters(out/"dead_letters.jsonl")
+    letters = Letters(out/"dead_letters.jsonl")
     assert balanced(report) and info == json.loads(json.dumps(report))
     assert len(samples) == report["samples"] and sum(len(s.boxes) for s in samples) == report["boxes_kept"]
     assert len(letters) == report["picture_letters"] + report["box_letters"] + report["file_letters"]

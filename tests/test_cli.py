@@ -20,7 +20,7 @@ def test_ingest_blood_cells(real, tmp_path):
     coco = json.loads((tmp_path/"out/annotations.json").read_text())
     assert [a["id"] for a in coco["annotations"]] == list(range(1, 4887))
     assert all((tmp_path/"out/images"/im["file_name"]).exists() for im in coco["images"])
-    letters = json.loads(nbs("letters", tmp_path/"out/dead_letters.jsonl", "--json"))
+    letters = json.loads(nbs("letters", "--file", tmp_path/"out/dead_letters.jsonl", "--json"))
     assert [(l["code"], l["file"]) for l in letters] == [("empty_box", f"BCCD/Annotations/BloodImage_{n}.xml") for n in ("00338", "00343")]
 
 
@@ -34,7 +34,7 @@ def boxes(folder):
 def test_coco_and_yolo_are_equal(real, tmp_path):
     "33 pictures of COCO, annotated in both: equal boxes within half a pixel; the picture without boxes has no label file."
     for format in ("coco", "yolo"): nbs("ingest", real/"coco33_permissive", "--format", format, "--out", tmp_path/format)
-    letters = json.loads(nbs("letters", tmp_path/"yolo/dead_letters.jsonl", "--json"))
+    letters = json.loads(nbs("letters", "--file", tmp_path/"yolo/dead_letters.jsonl", "--json"))
     assert [letter["code"] for letter in letters] == ["missing_label"]
     coco, yolo = boxes(tmp_path/"coco"), boxes(tmp_path/"yolo")
     assert len(coco) == 243 and [box[:2] for box in coco] == [box[:2] for box in yolo]
@@ -65,7 +65,7 @@ def test_wrong_calls(tmp_path):
     assert "no such folder" in nbs("ingest", tmp_path/"absent", "--format", "coco", "--out", tmp_path/"o", status=2)
     assert "is empty" in nbs("ingest", tmp_path/"empty", "--format", "coco", "--out", tmp_path/"o", status=2)
     assert "Did you mean 'coco'?" in nbs("ingest", tmp_path/"empty", "--format", "coc", "--out", tmp_path/"o", status=2)
-    assert "no such file" in nbs("letters", tmp_path/"absent.jsonl", status=2)
+    assert "no such file" in nbs("letters", "--file", tmp_path/"absent.jsonl", status=2)
     (tmp_path/"t.json").write_text("{")
     assert "not JSON" in nbs("evaluate", "--truth", tmp_path/"t.json", "--detections", tmp_path/"t.json", status=2)
 
@@ -77,4 +77,4 @@ from nbs_lib.cli import main
 try: main()
 except SystemExit as end: assert not end.code
 assert not {"torch", "ultralytics", "pandas"} & set(sys.modules)"""
-    subprocess.run([sys.executable, "-c", code, "letters", tmp_path/"l.jsonl"], check=True)
+    subprocess.run([sys.executable, "-c", code, "letters", "--file", tmp_path/"l.jsonl"], check=True)
