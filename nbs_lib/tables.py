@@ -68,6 +68,7 @@ def edges_of(
     options: Options,  # of its source
 ) -> np.ndarray:       # (4,) edges, in the unit of the record
     "The box of a record. Raises `Fault`."
+    need(record)
     columns = columns_of(tuple(record), options.fields)
     if form := columns['form']:
         values = {columns[k]: record[columns[k]] for k in FORMS[form]}
@@ -124,25 +125,30 @@ def csv_rows(
     columns: tuple = (),  # names of the columns of a file without header; empty: its first row names them
 ) -> Iterator:            # of (line, record, or Fault)
     "Rows of a table; the delimiter is the one of , ; | and tab that makes most columns of the first row. Raises `Fault` for a file that cannot be read."
+    names = [*columns]
+    for line, cells in _cells(path):
+        if isinstance(cells, Fault): yield line, cells
+        elif not names: names = cells
+        elif any(cells[len(names):]): yield line, Fault('malformed_record', f'{len(cells)} columns, where there are {len(names)}: {cells!r}'[:300])
+        else: yield line, dict(zip(names, cells))
+
+def _cells(path):
+    "(line, cells, or Fault) of each row that is not empty."
     try:
         with open(path, 'rb') as f: wide = f.read(2) in (b'\xff\xfe', b'\xfe\xff')
         with open(path, encoding='utf-16' if wide else 'utf-8-sig', errors='surrogateescape', newline='') as f:
             first = f.readline(LONGEST)
             delimiter = max(';\t|,', key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
             f.seek(0)
-            yield from _records(csv.reader(f, delimiter=delimiter), [*columns])
+            rows = csv.reader(f, delimiter=delimiter)
+            while True:
+                try: cells = [c.strip() for c in next(rows)]
+                except StopIteration: return
+                except csv.Error as e: yield rows.line_num, Fault('malformed_record', f'not a row of a table: {e}')
+                else:
+                    if any(cells): yield rows.line_num, cells
     except OSError as e: raise Fault('unreadable_file', f'the file may not be read: {e.strerror}') from None
     except (UnicodeError, csv.Error) as e: raise Fault('malformed_record', f'not a table: {e}') from None
-
-def _records(rows, names):
-    while True:
-        try: cells = [c.strip() for c in next(rows)]
-        except StopIteration: return
-        except csv.Error as e: yield rows.line_num, Fault('malformed_record', f'not a row of a table: {e}'); continue
-        if not any(cells): continue
-        if not names: names = cells; continue
-        if any(cells[len(names):]): yield rows.line_num, Fault('malformed_record', f'{len(cells)} columns, where there are {len(names)}: {cells!r}'[:300])
-        else: yield rows.line_num, dict(zip(names, cells))
 
 # %% ../notebooks/api/09_tables.ipynb #json-rows
 def json_rows(
@@ -177,9 +183,9 @@ def csv_files(
 ) -> list:                # of paths
     "The tables of a source that have a column for the picture, and one for the box or the class."
     def fits(path):
-        try: first = next((r for _, r in islice(csv_rows(path, columns), 100) if isinstance(r, dict)), {})
+        try: header = columns or next((c for _, c in islice(_cells(path), 100) if isinstance(c, list)), [])
         except Fault: return False
-        found = columns_of(tuple(first), fields)
+        found = columns_of(tuple(header), fields)
         return 'picture' in found and bool(found['form'] or 'box' in found or 'label' in found)
     return [f for f in tree.endswith('.csv', '.tsv') if fits(f)]
 
@@ -187,11 +193,12 @@ def json_files(
     tree: Tree,          # the source
     fields: tuple = (),  # as for `columns_of`
 ) -> list:               # of paths
-    "The files of a source with records of pictures; JSON Lines also where the first record is of no use, so that somebody is told."
+    "The files of a source with records of pictures among the first hundred; JSON Lines also where there are none, so that somebody is told."
     def fits(path):
-        try: first = next((r for _, r in islice(json_rows(path), 100) if isinstance(r, dict)), None)
-        except Fault: return path.suffix.lower() != '.json'
-        return path.suffix.lower() != '.json' if first is None else bool({'picture', 'data'} & columns_of(tuple(first), fields).keys())
+        try: records = [r for _, r in islice(json_rows(path), 100) if isinstance(r, dict)]
+        except Fault: records = []
+        if not records: return path.suffix.lower() != '.json'
+        return any({'picture', 'data'} & columns_of(tuple(r), fields).keys() for r in records)
     return [f for f in tree.endswith('.jsonl', '.ndjson', '.json') if fits(f)]
 
 def _options(fields, unit, box, background, whole):
