@@ -62,9 +62,9 @@ def show_dataset(
 ):                  # the matplotlib Figure
     "What a set holds: classes, boxes a picture, sizes and shapes, brightness, and where boxes lie."
     boxes, v = Counter(n for s in samples for n in s.boxes.label.tolist()), _values(samples)
-    histograms = {'boxes a picture': dict(values=v['boxes_a_picture']), 'box size [√pixels], COCO borders': dict(values=v['box_size'], log=True, marks=(32, 96)),
+    histograms = {'boxes a picture': dict(values=v['boxes_a_picture']), 'box size, √area [pixels]': dict(values=v['box_size'], log=True, marks=(32, 96)),
                   'width / height of boxes': dict(values=v['aspect'], log=True, marks=(1,)),
-                  'picture size [√pixels]': dict(values=v['picture_size'], log=True), 'brightness': dict(values=v['brightness'])}
+                  'picture size, √area [pixels]': dict(values=v['picture_size'], log=True), 'brightness': dict(values=v['brightness'])}
     return show_set({n: boxes[n] for n in names}, histograms, _coverage(samples))
 
 # %% ../notebooks/api/15_dataset.ipynb #pairs

@@ -118,7 +118,7 @@ def show_bars(
     ax.barh(range(len(rows)), [counts[n] for n in rows], color=[colour[n] for n in rows])
     for y, n in enumerate(rows): ax.text(counts[n], y, f' {counts[n]}', va='center', fontsize=6)
     if len(rows) < len(order): ax.axhline(29.5, color='black', linestyle='dashed', linewidth=.8)
-    ax.set(ylim=(max(len(rows), 8) - .5, -.5), yticks=range(len(rows))); ax.margins(x=.12)
+    ax.set(ylim=(max(len(rows), 8) - .5, -.5), xlim=(0, 1.15 * max([1, *counts.values()])), yticks=range(len(rows))); ax.tick_params(axis='x', labelsize=7)
     ax.set_yticklabels([n if len(n) <= 20 else f'{n[:19]}…' for n in rows], fontsize=8 if len(rows) <= 20 else 6, parse_math=False)
     ax.set_title(title if len(rows) == len(order) else f'{title}: 30 most frequent, 10 rarest of {len(order)}', fontsize=9)
     return ax
@@ -137,18 +137,20 @@ def show_histogram(
     ax.set_title(f'{title}, median {np.median(values):.3g}' if len(values) else f'{title}: none', fontsize=9); ax.tick_params(labelsize=7)
     if not len(values): ax.set(xticks=[], yticks=[]); return ax
     low, high = values.min(), values.max()
-    if log: edges = np.geomspace(low / 1.5, high * 1.5, 41); _log_axis(ax)
-    elif values.dtype.kind == 'i' and high - low < 60: edges = np.arange(low, high + 2) - .5
+    if log: edges = np.geomspace(low / 1.5, high * 1.5, 41)
+    elif values.dtype.kind == 'i' and high - low < 60: edges = np.arange(max(low - 1, 0), high + 3) - .5
     else: edges = np.linspace(low - .5, high + .5, 41)
     ax.hist(values, edges)
+    if log: _log_axis(ax, high / low)
+    elif values.dtype.kind == 'i': ax.locator_params(axis='x', integer=True)
     for m in marks: ax.axvline(m, color='black', linestyle='dashed', linewidth=.8)
     ax.locator_params(axis='y', integer=True)
     return ax
 
-def _log_axis(ax):
-    "Ticks at 1, 2, 5, 10 …, written in full."
+def _log_axis(ax, ratio):
+    "Ticks at 1, 2, 5, 10 …, written in full; at 1, 10, 100 … where the range is wide."
     ax.set_xscale('log')
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 500 else (1,))); ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter('{x:g}')
 
 # %% ../notebooks/api/04_draw.ipynb #show-set
