@@ -110,7 +110,7 @@ def near_duplicates(
 ) -> list:          # of groups, each the ascending indices of two or more samples; in the order of their first pictures
     """Groups of pictures that look nearly the same. Exact, by multi-index hashing (Norouzi, Punjani, Fleet, 2012). Pictures with one and the same hash,
     such as all that are plainly black, are compared as one; what is slow are many thousands of unlike hashes that agree in two bands."""
-    if not 0 <= bits < 16: raise WrongCall(f"bits is a number from 0 to 15, not {bits}: the looks of unrelated pictures differ in 16 bits or more")
+    if not 0 <= bits < 16: raise WrongCall(f"bits is a number from 0 to 15, not {bits}: unrelated pictures, too, lie that close")
     known = [i for i, s in enumerate(samples) if s.looks]
     codes, code = np.unique(np.array([int(samples[i].looks, 16) for i in known], np.uint64), return_inverse=True)
     root, groups = np.arange(len(codes)), {}
