@@ -77,6 +77,7 @@ def edit(workspace, notebook, kind, text):
     ("13_ingest", "example", []),
     ("13_ingest", "exported", ["ingest"]),
     ("14_split", "exported", ["split"]),
+    ("15_dataset", "exported", ["ingest", "split"]),
     ("21_metrics", "exported", ["evaluate"]),
     ("23_evaluate", "exported", ["evaluate"]),
     ("40_cli", "exported", []),
