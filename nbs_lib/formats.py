@@ -14,8 +14,8 @@ from .coco import coco_files, load_coco, read_coco, write_coco
 from .config import WrongCall, nearest, replacing
 from .deadletter import Fault, Patches
 from .source import PICTURES, Tree
-from .stream import stream_json
-from .tables import columns_of, csv_files, csv_rows, json_files, json_rows, read_csv, read_json_records, write_csv
+from .stream import csv_rows, json_rows, stream_json
+from .tables import columns_of, csv_files, json_files, read_csv, read_json_records, write_csv
 from .voc import read_voc, write_voc
 from .yolo import class_lists, label_of, read_yolo, write_yolo
 
