@@ -10,7 +10,7 @@ TORCH ?= cuda
 # Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run test test-kills guides lab image export lock clean
+.PHONY: help install run test test-kills test-large guides lab image export lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,10 @@ test: install  ## every notebook, every rule, the whole pipeline on a small sett
 test-kills: install  ## every process stopped at three moments of every stage (twenty minutes)
 	@echo "test-kills: KILL, TERM, Ctrl-C, full disk"
 	@python -m pytest -m kills -s tests/test_interruptions.py
+
+test-large: install  ## annotation files of a gigabyte, a million letters, 20,000 pictures (some twenty minutes, 10 GB of disk)
+	@echo "test-large: what does not fit into memory"
+	@python -m pytest -m large -s tests/test_large.py
 
 guides: install  ## the guides in full, as HTML in data/runs/guides (the one on blood cells needs data/raw/bccd)
 	@mkdir -p data/runs/guides

@@ -290,6 +290,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nbs_lib.stream': { 'nbs_lib.stream.Spool': ('api/stream.html#spool', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.Spool.__init__': ('api/stream.html#spool.__init__', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.Spool._flush': ('api/stream.html#spool._flush', 'nbs_lib/stream.py'),
+                                'nbs_lib.stream.Spool._ready': ('api/stream.html#spool._ready', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.Spool.add': ('api/stream.html#spool.add', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.Spool.keys': ('api/stream.html#spool.keys', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.Spool.of': ('api/stream.html#spool.of', 'nbs_lib/stream.py'),

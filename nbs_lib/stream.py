@@ -149,6 +149,7 @@ class Spool:
     "Records by key, in the order they came."
     def __init__(self):
         self.db, self.new, self.indexed = sqlite3.connect(''), [], False
+        self.db.execute('PRAGMA cache_size = -100000')  # kilobytes
         self.db.execute('CREATE TABLE records (key, row, record)')
 
     def add(self,
@@ -162,17 +163,21 @@ class Spool:
     def _flush(self):
         with self.db: self.db.executemany('INSERT INTO records VALUES (?, ?, ?)', self.new)
         self.new = []
+
+    def _ready(self):
+        "An index that is made when all is there does not grow along with every record."
+        if self.new: self._flush()
         if not self.indexed: self.indexed = self.db.execute('CREATE INDEX by_key ON records (key)')
 
     def of(self,
         key: str,
     ):  # list of (row, record)
-        if self.new: self._flush()
+        self._ready()
         return [(json.loads(row), json.loads(r)) for row, r in self.db.execute('SELECT row, record FROM records WHERE key = ? ORDER BY rowid', (_bytes(key),))]
 
     def keys(self):
         "Every key once, in the order of its first record."
-        if self.new: self._flush()
+        self._ready()
         for key, in self.db.execute('SELECT key FROM records GROUP BY key ORDER BY min(rowid)'): yield key.decode('utf-8', 'surrogatepass')
 
 def _bytes(text): return text.encode('utf-8', 'surrogatepass')
