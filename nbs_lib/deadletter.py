@@ -33,6 +33,9 @@ CODES = {
     'non_finite_box':       'a corner is not a finite number',
     'empty_box':            'the box has no width or no height',
     'box_outside':          'more of the box lies outside the picture than is tolerated',
+    'suspect_missing':      'a detector is sure of an object where the labels have none',
+    'suspect_class':        'a detector is sure of another class than the label says',
+    'suspect_box':          'a detector is sure that the object lies elsewhere than its box',
 }
 
 # %% ../notebooks/api/03_deadletter.ipynb #letter
