@@ -123,15 +123,22 @@ def _left_over(env):
 def evaluate(
     truth: Annotated[Path, typer.Option(help='COCO JSON with the true boxes.')],
     detections: Annotated[Path, typer.Option(help="JSON list of image_id, category_id, bbox and score (COCO's results format).")],
+    ap: Annotated[str, typer.Option(help="coco, or Pascal VOC's: voc-all (all points, since 2010) or voc-11 (eleven points).")] = 'coco',
+    iou: Annotated[float, typer.Option(help="Least IoU of a right detection in VOC's AP; COCO has ten of its own.", show_default='0.5')] = None,
     as_json: Json = False,
 ):
-    "COCO's twelve numbers, and the score of each class."
-    from nbs_lib.metrics import NAMES, score_coco
-    scores = score_coco(read_json(truth), read_json(detections))
-    if as_json: return print(json.dumps(dict(**scores.numbers, by_class=scores.by_class), ensure_ascii=False))
-    for k, v in scores.numbers.items(): print(f'{k:11} {v:6.3f}  {NAMES[k]}')
-    for name, s in scores.by_class.items():
-        if s['boxes']: print(f"{name:20} {s['boxes']:6} boxes  map50 {s['map50']:6.3f}  map {s['map']:6.3f}")
+    "COCO's twelve numbers or Pascal VOC's AP, and the score of each class."
+    from nbs_lib.metrics import NAMES, score_coco, voc_ap
+    voc = {'voc-all': 'all', 'voc-11': 11}
+    if ap != 'coco' and ap not in voc: raise WrongCall(f'there is no --ap {ap}: take coco, voc-all or voc-11')
+    if ap == 'coco' and iou is not None: raise WrongCall('--iou goes with --ap voc-all or voc-11: COCO averages over ten IoUs')
+    truth, found = read_json(truth), read_json(detections)
+    if ap in voc: numbers = voc_ap(truth, found, iou=.5 if iou is None else iou, points=voc[ap]); by_class = numbers.pop('by_class')
+    else: scores = score_coco(truth, found); numbers, by_class = scores.numbers, scores.by_class
+    if as_json: return print(json.dumps(dict(**numbers, by_class=by_class), ensure_ascii=False))
+    for k, v in numbers.items(): print(f"{k:11} {v:6.3f}  {NAMES.get(k, 'mean over classes')}")
+    for name, s in by_class.items():
+        if s['boxes']: print(f"{name:20} {s.pop('boxes'):6} boxes", *(f'{k} {v:6.3f}' for k, v in s.items()), sep='  ')
 
 # %% ../notebooks/api/40_cli.ipynb #letters
 letters_app = typer.Typer(help='What was rejected, where it stood, and why; and what a person decides on it.')

@@ -40,6 +40,9 @@ CODES = {
     'empty_box':            'the box has no width or no height',
     'box_outside':          'more of the box lies outside the picture than is tolerated',
     'bad_box':              'a box of this picture is a letter, and `on_bad_box` is `reject_image`',
+    'suspect_missing':      'a detector is sure of an object where the labels have none',
+    'suspect_class':        'a detector is sure of another class than the label says',
+    'suspect_box':          'a detector is sure that the object lies elsewhere than its box',
 }
 
 # %% ../notebooks/api/03_deadletter.ipynb #letter
