@@ -18,7 +18,8 @@ def test_each_process_of_a_training_on_several_cards_gets_our_callbacks(tmp_path
         from nbs_lib.split import split
         here = Path(sys.argv[1])
         write_scenes(here/'raw', scenes=dict(train=8, val=4, test=4), side=64)
-        ingest(here/'in', root=here, sources=[dict(path='raw', format='coco')], classes=[], max_pixels=10**6, min_side=10, overhang=.1)
+        ingest(here/'in', root=here, sources=[dict(path='raw', format='coco')], classes=[], max_pixels=10**6, min_side=10, overhang=.1,
+               on_bad_box="reject_box")
         split(here/'in', here/'tree', keep=True, val=.1, test=.1, max_dead_rate=1.)
         yolo, watch = ultralytics().YOLO('yolo11n.yaml'), Watch(here/'tree', here)
         for event in watch.EVENTS: yolo.add_callback(event, getattr(watch, event))
