@@ -285,7 +285,7 @@ def _pictures(urls, cache, **how):
     try:
         with httpx.Client(max_redirects=5) as client:
             get = partial(_picture, cache=cache, client=client, **how)
-            for url, got in zip(urls, tqdm(pool.map(get, urls), 'pictures', len(urls), unit='', delay=2)):
+            for got, url in zip(tqdm(pool.map(get, urls), 'pictures', len(urls), unit='', delay=2), urls):
                 had[url] = got
                 if len(had) in (50, len(urls)) and all(isinstance(v, str) for v in had.values()):
                     raise WrongCall(f'not one of {len(had)} pictures could be had; the last one: {url}: {got}')
