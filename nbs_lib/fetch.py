@@ -34,8 +34,7 @@ def _unusable(url, r):
     "The exception for an answer that brings no file. A server that asks for more than a minute is not waited for."
     reason, wait = f'HTTP {r.status_code} {httpx.codes.get_reason_phrase(r.status_code)}'.strip(), r.headers.get('Retry-After', '')
     wait = int(wait) if wait.isdecimal() else 0
-    passes = r.status_code == 429 or r.status_code >= 500
-    return _Again(reason, wait) if passes and wait <= 60 else Unavailable(url, reason)
+    return _Again(reason, wait) if (r.status_code == 429 or r.status_code >= 500) and wait <= 60 else Unavailable(url, reason)
 
 # %% ../notebooks/api/12_fetch.ipynb #conditions
 SAYS = ('ETag', 'Last-Modified')
@@ -80,13 +79,14 @@ def _begin(url, r, known, path):
 def _try(client, url, path, timeout):
     "One request: the file, or an exception that says whether another one may help."
     part, known = _beside(path, 'part'), _known(url, path)
+    if part.is_file() and _size(part) == known.get('size'): os.replace(part, path)  # stopped just before it was done
     headers = {'Accept-Encoding': 'identity', **_conditions(known, path)}
     try:
         with client.stream('GET', url, headers=headers, timeout=timeout, follow_redirects=True) as r:
             if r.status_code == 304 and path.is_file(): return path
-            size, name = _begin(url, r, known, path), url.rsplit('/', 1)[-1]
-            bar = dict(total=size, initial=_size(part), unit='B', unit_scale=True, delay=2, disable=(size or 0) < 10_000_000)
-            with open(part, 'ab') as f, tqdm(desc=name, **bar) as bar:
+            size = _begin(url, r, known, path)
+            bar = dict(desc=url.rsplit('/', 1)[-1], total=size, initial=_size(part), unit='B', unit_scale=True, delay=2, disable=(size or 1e7) < 1e7)
+            with open(part, 'ab') as f, tqdm(**bar) as bar:
                 for chunk in r.iter_raw(): f.write(chunk); bar.update(len(chunk))
     except httpx.TimeoutException: raise _Again(f'the server was silent for {timeout:g} s') from None
     except httpx.ConnectError as e: raise _Again(f'no connection ({e})') from None
@@ -109,8 +109,7 @@ def download(
     """Download a file, or the rest of it (Range and If-Range, RFC 9110 section 13 and 14). Raises `Unavailable` where that fails for good.
     One process at a time may download to a `path`."""
     if not (re.match(r'https?://[^/]', url, re.I) and url.isprintable()): raise Unavailable(repr(url), 'this is no http or https address')
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    (path := Path(path)).parent.mkdir(parents=True, exist_ok=True)
     with nullcontext(client) if client else httpx.Client(max_redirects=5) as client:
         for last in (n == tries for n in range(1, tries + 1)):
             try: return _try(client, url, path, timeout)
@@ -137,7 +136,7 @@ def _tar_members(t):
     for m in t:
         if m.isdir(): yield m.name, 0, None
         elif m.isreg() or m.islnk() or m.issym(): yield m.name, m.size, partial(_tar_file, t, m)
-        else: raise WrongCall(f'{m.name!r} is a device or a pipe')
+        else: raise WrongCall(f'{m.name!r} is a device, a pipe or the like')
     while t.fileobj.read(1 << 20): pass  # the check sum of what was packed comes last
 
 def _tar_file(t, member):
@@ -272,7 +271,7 @@ def _names(images):
 # %% ../notebooks/api/12_fetch.ipynb #pictures
 def _picture(url, cache, **how):
     "(file, size) of a picture, or the reason why there is none."
-    if not isinstance(url, str): return 'the record has no coco_url'
+    if not url: return 'the record has no coco_url'
     try: picture = decode_file(path := download(url, _place(cache, url), **how))
     except Unavailable as e: return e.reason
     if not isinstance(picture, Refused): return path, picture.size
@@ -309,11 +308,12 @@ def fetch_coco(
     with _had(annotations, cache, base, **how) as path, _told(annotations):
         coco = choose(_instances(path, part), classes=classes, limit=limit)
     images = coco['images']
-    had = _pictures([im.get('coco_url') for im in images], cache, **how)
+    urls = [url if isinstance(url := im.get('coco_url'), str) else '' for im in images]
+    had = _pictures(urls, cache, **how)
     with replacing(out, folder=True) as tmp:
         for folder in ('images', 'annotations'): (tmp/folder).mkdir()
-        for im, name in zip(images, _names(images)):
-            im['file_name'], got = name, had[im.get('coco_url')]
+        for im, name, url in zip(images, _names(images), urls):
+            im['file_name'], got = name, had[url]
             error = got if isinstance(got, str) else _size_error(im, got[1])
             if error: im['fetch_error'] = error
             else: shutil.copyfile(got[0], tmp/'images'/name)
@@ -323,7 +323,7 @@ def fetch_coco(
 def _size_error(im, size):
     "Turned by its EXIF tag, a picture has its sides exchanged; its boxes are judged by ingest."
     said = im.get('width'), im.get('height')
-    if None not in said and sorted(said) != sorted(size): return f'the picture has {size[0]}×{size[1]} pixels, its record says {said[0]}×{said[1]}'
+    if None not in said and said not in (size, size[::-1]): return f'the picture has {size[0]}×{size[1]} pixels, its record says {said[0]}×{said[1]}'
 
 # %% ../notebooks/api/12_fetch.ipynb #fetch
 def fetch(
@@ -346,8 +346,8 @@ def fetch(
     "Fill `out` anew. Raises `WrongCall` for an unknown kind, and what `write_scenes`, `fetch_coco` and `fetch_archive` raise."
     if kind not in KINDS: raise WrongCall(f"{kind!r} is no kind of fetch.{nearest(kind, KINDS)}")
     Path(cache).mkdir(parents=True, exist_ok=True)
-    told = {}
     with FileLock(Path(cache)/'.lock'):  # two processes would write to the same unfinished download
+        told = {}
         if kind == 'scenes': write_scenes(out, scenes=dict(train=train_scenes, val=val_scenes, test=test_scenes), side=side, seed=seed)
         elif kind == 'coco': told = fetch_coco(out, cache, base, classes=classes, limit=limit, annotations=annotations, part=part)
         elif kind == 'archive': told = fetch_archive(out, cache, base, address=address)
