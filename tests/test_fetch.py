@@ -7,8 +7,9 @@ from PIL import Image
 
 from conftest import ROOT
 from nbs_lib.config import WrongCall
-from nbs_lib.deadletter import read_letters
-from nbs_lib.fetch import Unavailable, download, fetch_coco, unpack
+from nbs_lib.deadletter import Letters
+from nbs_lib.download import Unavailable, download, unpack
+from nbs_lib.fetch import fetch_coco
 from nbs_lib.ingest import balanced, ingest
 
 FAST = dict(timeout=.5, pause=.01)
@@ -395,8 +396,9 @@ def test_each_picture_comes_or_is_a_letter_that_says_why(coco, tmp_path):
         f"raw/fetched/images/{im['file_name']}" for im in made["images"] if "fetch_error" not in im)
 
     source = dict(path="fetched", format="coco")
-    report = ingest(tmp_path/"interim", root=tmp_path/"raw", sources=[source], classes=[], max_pixels=10**7, min_side=10, overhang=.1)
-    letters = {l.row: l for l in read_letters(tmp_path/"interim/dead_letters.jsonl")}
+    report = ingest(tmp_path/"interim", root=tmp_path/"raw", sources=[source], classes=[], max_pixels=10**7, min_side=10, overhang=.1,
+                    on_bad_box="reject_box")
+    letters = {l.row: l for l in Letters(tmp_path/"interim/dead_letters.jsonl")}
     assert balanced(report) and report["samples"] == 4 and report["duplicates"] == 1 and set(letters) == set(FAILED)
     for id, reason in FAILED.items(): assert letters[id].code == "missing_image" and letters[id].record["fetch_error"].startswith(reason), letters[id]
 
