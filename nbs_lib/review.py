@@ -45,6 +45,13 @@ def sendable(
 
 def _html(text): return html.escape(sendable(text))
 
+def _legible(record):
+    "JSON, a key a line, so that a box stands on one."
+    text = lambda v: json.dumps(v, ensure_ascii=False)
+    return '{\n' + ',\n'.join(f'  {text(k)}: {text(v)}' for k, v in record.items()) + '\n}' if isinstance(record, dict) else text(record)
+
+def _where(l): return f"{l.source}/{l.file}{'' if l.row is None else f' #{l.row}'}"
+
 # %% ../notebooks/api/34_review.ipynb #look
 @dataclass(frozen=True)
 class Look:
@@ -89,10 +96,13 @@ _STYLE = '''<style>
 .nbs-row span {overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 .nbs-head {font-weight: bold}
 .nbs-facts {display: grid; grid-template-columns: 5em 1fr; gap: 0 10px; font-size: 12px; line-height: 18px; overflow-wrap: anywhere}
-.nbs-wrong {color: var(--jp-error-color1, #d32f2f); font-weight: bold; line-height: 18px}
+.nbs-done, .nbs-wrong {font-size: 12px; line-height: 18px; overflow-wrap: anywhere}
+.nbs-wrong {color: var(--jp-error-color1, #d32f2f); font-weight: bold}
 .nbs-line .widget-html-content {min-width: 0}
 .nbs-record textarea {font-family: var(--jp-code-font-family, monospace); font-size: 12px; line-height: 16px}
 </style>'''
+
+_BESIDE = dict(flex='1 1 28em', min_width='0')  # a picture; below it where there is no room
 
 def _row(columns, cells, kind=''):
     "Cells side by side; what is too long for its column shows in full under the pointer."
@@ -103,7 +113,11 @@ def _facts(pairs): return f'''<div class="nbs-facts">{''.join(f'<b>{_html(k)}</b
 
 def _dropdown(name, options):
     options = [(sendable(text), value) for text, value in options]
-    return widgets.Dropdown(description=name, options=options, style=dict(description_width='4em'), layout=dict(width='24em'))
+    return widgets.Dropdown(description=name, options=options, style=dict(description_width='3.5em'), layout=dict(width='19em'))
+
+def _picture(): return widgets.Image(format='png', layout=dict(display='none', max_width='100%', height='fit-content'))
+
+def _flow(*boxes, **layout): return widgets.HBox(boxes, layout=dict(flex_flow='row wrap', **layout))
 
 def _counted(name, count):
     "A dropdown of what there is, most first."
@@ -120,13 +134,13 @@ class Paged(widgets.VBox):
     ):
         self.size, self.choices = size, choices
         self.back, self.forth = (widgets.Button(description=d, layout=dict(width='6em')) for d in ('Previous', 'Next'))
-        self.field = widgets.BoundedIntText(1, min=1, description='page', layout=dict(width='10em'), style=dict(description_width='3em'))
+        self.field = widgets.BoundedIntText(1, min=1, description='page', layout=dict(width='9em'), style=dict(description_width='3em'))
         self.count = widgets.HTML()
         self.back.on_click(lambda _: self.turn(self.page - 1)); self.forth.on_click(lambda _: self.turn(self.page + 1))
         self.field.observe(lambda change: change.new != self.page and self.turn(change.new), 'value')
         for box in choices.values(): box.observe(lambda _: self._begin(), 'value')
-        controls = widgets.HBox([*choices.values(), self.back, self.forth, self.field, self.count], layout=dict(flex_flow='row wrap'))
-        super().__init__([widgets.HTML(_STYLE), controls, *content])
+        pages = widgets.HBox([self.back, self.forth, self.field, self.count])
+        super().__init__([widgets.HTML(_STYLE), _flow(*choices.values(), pages), *content])
         self._begin()
 
     def _begin(self):
@@ -156,13 +170,15 @@ class Paged(widgets.VBox):
             self.choices[name].value = value
 
 # %% ../notebooks/api/34_review.ipynb #panel
+_WHOLE = 'bad_box', 'conflicting_duplicate'  # codes of pictures that nothing can be put in place of, only mended in the source
+
 class Panel(widgets.HBox):
     "One letter: its picture, its record to be edited, and the buttons that decide."
     def __init__(self,
         drop,     # called with the why
         replace,  # called with the edited record and the why
     ):
-        self.seen, self.picture = None, widgets.Image(format='png', layout=dict(display='none', max_width='100%', height='fit-content'))
+        self.seen, self.picture = None, _picture()
         self.facts, self.status = widgets.HTML('Choose a letter to see its picture and its record.'), widgets.HTML()
         self.record = widgets.Textarea(continuous_update=False, layout=dict(width='98%', height='11em')).add_class('nbs-record')
         self.why = widgets.Text(placeholder='why, for whoever reads this next year', layout=dict(width='98%'))
@@ -171,8 +187,8 @@ class Panel(widgets.HBox):
         self.record.observe(lambda _: self.attempt(self.draw), 'value')
         self.drop.on_click(lambda _: self.attempt(lambda: drop(self.why.value)))
         self.replace.on_click(lambda _: self.attempt(lambda: replace(self.edited(), self.why.value)))
-        right = [self.facts, self.record, self.why, widgets.HBox([self.drop, self.replace]), self.status]
-        super().__init__([self.picture, widgets.VBox(right, layout=dict(flex='1 1 26em', min_width='0'))], layout=dict(flex_flow='row wrap'))
+        right = widgets.VBox([self.facts, self.record, self.why, widgets.HBox([self.drop, self.replace]), self.status], layout=_BESIDE)
+        super().__init__([self.picture, right], layout=dict(flex_flow='row wrap', margin='10px 0 0 0'))
 
     def show(self,
         seen: Look,
@@ -181,9 +197,9 @@ class Panel(widgets.HBox):
     ):
         "Show a letter."
         letter, self.seen = seen.letter, None  # none: else the record would be drawn on the letter before
-        self.record.value = sendable(json.dumps(patch.get('value', letter.record), indent=1, ensure_ascii=False))
+        self.record.value = sendable(_legible(patch.get('value', letter.record)))
         self.why.value, self.status.value, self.drop.disabled, self.seen = patch.get('why', ''), status, False, seen
-        self.replace.disabled = letter.record is None and letter.row is None  # the file as a whole
+        self.replace.disabled = letter.code in _WHOLE or letter.record is None and letter.row is None
         decision = dict(decision=f"{patch['action']}: {patch['why']}") if patch else {}
         self.facts.value = _facts({'letter': letter.id, 'code': f'{letter.code}: {CODES[letter.code]}', 'where': _where(letter), 'found': letter.detail,
                                    'picture': seen.path or letter.picture or 'not known', **decision})
@@ -204,10 +220,17 @@ class Panel(widgets.HBox):
         try: do()
         except (WrongCall, OSError) as e: self.status.value = f'<div class="nbs-wrong">{_html(e)}</div>'
 
-def _where(l): return f"{l.source}/{l.file}{'' if l.row is None else f' #{l.row}'}"
+def _sums(letters, key):
+    count = Counter()
+    for kind, n in letters.counts().items(): count[kind[key]] += n
+    return count
+
+def _line(first, text):
+    return widgets.HBox([first, widgets.HTML(text, layout=dict(flex='1', min_width='0', height='24px', margin='0 0 0 10px'))]).add_class('nbs-line')
 
 # %% ../notebooks/api/34_review.ipynb #review-class
-_PAGE, _COLUMNS = 20, '11em minmax(6em, 1fr) 2fr 5em'
+_NARROW = dict(width='10em', height='24px', margin='0')
+_PAGE, _COLUMNS = 20, '11em minmax(8em, 3fr) 4fr 5em'
 
 class Review(Paged):
     "Letters in a table, one of them on a panel, and what a person decides on it."
@@ -217,13 +240,12 @@ class Review(Paged):
         find,           # Letter → Look
     ):
         self.letters, self.patches, self.find, self.letter, self.decided = letters, Path(patches), find, None, Patches(patches).by_id
-        codes, sources = Counter(), Counter()
-        for (code, source), n in letters.counts().items(): codes[code] += n; sources[source] += n
         self.panel, self.table = Panel(self.drop, self.replace), widgets.VBox()
-        self.lines = [_line(widgets.Button(layout=dict(width='10em', height='24px', margin='0')), '') for _ in range(_PAGE)]
+        self.lines = [_line(widgets.Button(layout=_NARROW), '') for _ in range(_PAGE)]
         for i, line in enumerate(self.lines): line.children[0].on_click(lambda _, i=i: self.panel.attempt(lambda: self.select(i)))
-        head = _line(widgets.HTML('<b>letter</b>', layout=dict(width='10em')), _row(_COLUMNS, ('code', 'where', 'what was found', 'decision'), 'nbs-head'))
-        super().__init__(_PAGE, dict(code=_counted('code', codes), source=_counted('source', sources)), [head, self.table, self.panel])
+        head = [_row(columns, names, 'nbs-head') for columns, names in (('1fr', ['letter']), (_COLUMNS, ['code', 'where', 'what was found', 'decision']))]
+        content = [_line(widgets.HTML(head[0], layout=_NARROW), head[1]), self.table, self.panel]
+        super().__init__(_PAGE, dict(code=_counted('code', _sums(letters, 0)), source=_counted('source', _sums(letters, 1))), content)
 
     def chosen(self): return self.letters.where(*(box.value or None for box in self.choices.values()))
 
@@ -260,11 +282,8 @@ class Review(Paged):
         if not self.letter: raise WrongCall('select a letter first')
         write_patch(self.patches, self.letter.id, **decision)
         self.decided = Patches(self.patches).by_id
-        self.panel.show(self.panel.seen, self.decided[self.letter.id], f"{decision['action']}: written to {_html(self.patches)}")
+        self.panel.show(self.panel.seen, self.decided[self.letter.id], f'<div class="nbs-done">written to {_html(self.patches)}</div>')
         self.paint()
-
-def _line(first, text):
-    return widgets.HBox([first, widgets.HTML(text, layout=dict(flex='1', min_width='0', height='24px', margin='0 0 0 10px'))]).add_class('nbs-line')
 
 # %% ../notebooks/api/34_review.ipynb #review
 def review(
@@ -281,15 +300,16 @@ def review(
 
 # %% ../notebooks/api/34_review.ipynb #errors
 _EDGES = 'xmin', 'ymin', 'xmax', 'ymax'
-_LIST = '2em repeat(3, minmax(5em, 1fr)) 4em 4em 5em'
+_LIST = '1.5em minmax(7em, 1fr) repeat(2, minmax(4em, 1fr)) 3.5em 3em 4em'
 
 def _draw_errors(ax, image, sample, rows, wrong, names):
     edges, found = lambda r: [r[k] for k in _EDGES], [r for r in rows if r['predicted']]
     boxes = Boxes([edges(r) for r in found], [r['predicted'] for r in found], [r['score'] for r in found])
     show_boxes(image, boxes, sample.boxes, names, sendable(sample.file), ax)
+    margin = max(image.size) / 80  # so that the boxes are seen beside their mark
     for n, r in enumerate(wrong, 1):
-        show_outline(ax, edges(r))
-        ax.text(r['xmax'], r['ymax'], n, fontsize=7, color='white', ha='right', va='bottom', bbox=dict(facecolor='red', edgecolor='none', pad=1))
+        show_outline(ax, mark := np.array(edges(r)) + [-margin, -margin, margin, margin])
+        ax.text(*mark[2:], n, fontsize=7, color='white', ha='right', va='bottom', bbox=dict(facecolor='red', edgecolor='none', pad=1))
 
 def _list_errors(wrong):
     number = lambda v: '' if v is None else f'{v:.2f}'
@@ -305,11 +325,11 @@ class Errors(Paged):
     ):
         self.rows, self.samples, boxes = rows, samples, [r for some in rows.values() for r in some]
         self.names = sorted({r[k] for r in boxes for k in ('true', 'predicted')} - {''})
-        self.picture, self.list = widgets.Image(format='png', layout=dict(max_width='100%', height='fit-content')), widgets.HTML(layout=dict(flex='1 1 30em'))
+        self.picture, self.list = _picture(), widgets.HTML(layout=_BESIDE)
         choices = dict(kind=_counted('kind', Counter(r['kind'] for r in boxes if r['kind'] != 'right')),
                        label=_dropdown('class', [('every class', ''), *((n, n) for n in self.names)]),
                        order=_dropdown('order', [('most errors first', 'errors'), ('highest score first', 'score')]))
-        super().__init__(1, choices, [widgets.HBox([self.picture, self.list], layout=dict(flex_flow='row wrap'))])
+        super().__init__(1, choices, [_flow(self.picture, self.list)])
 
     def chosen(self):
         kind, label, order = (box.value for box in self.choices.values())
@@ -324,7 +344,7 @@ class Errors(Paged):
         nothing = isinstance(picture, Refused)
         self.picture.layout.display, self.list.value = ('none', _html(picture.detail)) if nothing else (None, _list_errors(self.wrong[name]))
         draw = lambda ax: _draw_errors(ax, picture.image, self.samples[name], self.rows[name], self.wrong[name], self.names)
-        self.picture.value = b'' if nothing else as_png(draw, side=6)
+        self.picture.value = b'' if nothing else as_png(draw)
 
 def review_errors(
     errors: list,   # of dicts, a box each: picture, kind, true, predicted, score, iou, xmin, ymin, xmax, ymax, size
