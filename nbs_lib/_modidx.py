@@ -149,6 +149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nbs_lib.detector.train': ('api/detector.html#train', 'nbs_lib/detector.py'),
                                   'nbs_lib.detector.ultralytics': ('api/detector.html#ultralytics', 'nbs_lib/detector.py')},
             'nbs_lib.draw': { 'nbs_lib.draw._outline': ('api/draw.html#_outline', 'nbs_lib/draw.py'),
+                              'nbs_lib.draw._show': ('api/draw.html#_show', 'nbs_lib/draw.py'),
                               'nbs_lib.draw.as_png': ('api/draw.html#as_png', 'nbs_lib/draw.py'),
                               'nbs_lib.draw.colours': ('api/draw.html#colours', 'nbs_lib/draw.py'),
                               'nbs_lib.draw.gallery': ('api/draw.html#gallery', 'nbs_lib/draw.py'),

@@ -32,7 +32,7 @@ def show_boxes(
 ):                        # the matplotlib Axes
     "One picture with its boxes."
     ax = ax or plt.subplots(figsize=(4, 4))[1]
-    ax.imshow(image); ax.set_title(title, fontsize=8, parse_math=False); ax.axis('off')
+    _show(ax, image); ax.set_title(title, fontsize=8, parse_math=False); ax.axis('off')
     for b in (truth.xyxy if truth else ()):
         for style in (dict(color='black'), dict(color='white', linestyle=(0, (3, 3)))): ax.add_patch(_outline(b, linewidth=1.2, **style))
     if boxes is None: return ax
@@ -43,6 +43,12 @@ def show_boxes(
         box = dict(facecolor=colour[label], edgecolor='none', pad=.6)
         ax.text(b[0], b[1], text, fontsize=6, color='white', va='bottom', clip_on=True, parse_math=False, bbox=box)
     return ax
+
+def _show(ax, image):
+    "A picture in its own pixels, drawn from fewer where it is large: matplotlib takes some 70 bytes for each."
+    height, width = np.shape(image)[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    if not isinstance(image, np.ndarray): image = image.reduce(-(-max(width, height) // 1600))
+    ax.imshow(image, extent=(-.5, width - .5, height - .5, -.5))
 
 def _outline(b, **style): return plt.Rectangle((b[0], b[1]), b[2] - b[0], b[3] - b[1], fill=False, **style)
 
