@@ -187,7 +187,7 @@ def show(
     found = _letters(file)
     letter, interim = found.find(id), found.path.parent
     root = root or workspace()/section_of('ingest')['root']
-    seen = look(letter, root, origins(interim) if (interim/'annotations.json').exists() else {})
+    seen = look(letter, root, origins(interim))
     history = read_history(interim.parent/'history/letters.sqlite', letter.id)
     if png: _draw(seen, png)
     if as_json: return print(json.dumps(dict(id=letter.id, **vars(letter), path=seen.path and str(seen.path), kept=len(seen.kept), history=history)))

@@ -18,6 +18,7 @@ from .coco import load_coco
 from .config import WrongCall, nearest
 from .deadletter import CODES, Fault, Letter, Letters, Patches, write_patch
 from .draw import as_png, show_boxes, show_outline
+from .evaluate import EDGES
 from .images import Refused, decode_file
 from .source import PICTURES, numbers
 from .tables import Options, edges_of
@@ -299,11 +300,10 @@ def review(
     return Review(Letters(letters), patches, lambda letter: look(letter, root, kept(), **limits))
 
 # %% ../notebooks/api/34_review.ipynb #errors
-_EDGES = 'xmin', 'ymin', 'xmax', 'ymax'
 _LIST = '1.5em minmax(7em, 1fr) repeat(2, minmax(4em, 1fr)) 3.5em 3em 4em'
 
 def _draw_errors(ax, image, sample, rows, wrong, names):
-    edges, found = lambda r: [r[k] for k in _EDGES], [r for r in rows if r['predicted']]
+    edges, found = lambda r: [r[k] for k in EDGES], [r for r in rows if r['predicted']]
     boxes = Boxes([edges(r) for r in found], [r['predicted'] for r in found], [r['score'] for r in found])
     show_boxes(image, boxes, sample.boxes, names, sendable(sample.file), ax)
     margin = max(image.size) / 80  # so that the boxes are seen beside their mark
