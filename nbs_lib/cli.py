@@ -12,8 +12,9 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 import typer
-from .config import WrongCall, apply_environment, environment, overlay, params as section_of, parse_yaml, read_json, read_yaml, workspace, write_json
-from .deadletter import CODES, Letters, Patches, read_history, write_patch
+from .config import (WrongCall, apply_environment, environment, nearest, overlay, params as section_of, parse_yaml, read_json, read_yaml,
+                            workspace, write_json)
+from .deadletter import CODES, Letters, Patches, read_history, replaceable, write_patch
 
 # %% ../notebooks/api/40_cli.ipynb #app
 app = typer.Typer(help='Detect objects in pictures: what came in, what was rejected, how good it is.', no_args_is_help=True,
@@ -47,14 +48,15 @@ def ingest(
 ):
     "Check pictures and boxes, and write one canonical COCO set; what cannot be used becomes dead letters."
     from nbs_lib.ingest import ingest
-    entry = dict(path='.', format=format, **_settings(options))
+    if source.is_file(): raise WrongCall(f'{source} is a file: name its folder, which is where the pictures are looked for')
+    source, entry = source.resolve(), dict(path='.', format=format, **_settings(options))
     with redirect_stdout(sys.stderr):
         report = ingest(out, None, Patches(patches), root=source, sources=[entry], classes=classes, max_pixels=max_pixels, min_side=min_side,
                         overhang=overhang, on_bad_box=on_bad_box)
     write_json(out/'ingest.json', report)
     print(json.dumps(report, ensure_ascii=False) if as_json else _account(report, out))
     for what, n, kept in (('picture', report['pictures'], report['samples']), ('box', report['boxes'], report['boxes_kept'])):
-        if n and not kept: raise WrongCall(f"{source}: no usable {what} among {n}; {out/'dead_letters.jsonl'} says why")
+        if (n or what == 'picture') and not kept: raise WrongCall(f"{source}: no usable {what} among {n}; {out/'dead_letters.jsonl'} says why")
 
 def _told(patches):
     "What became of people's decisions, a line each where there is something to say."
@@ -67,10 +69,11 @@ def _settings(pairs):
     found = {}
     for pair in pairs:
         key, is_one, value = pair.partition('=')
-        if not is_one or not key: raise WrongCall(f"-o {pair}: KEY=VALUE was expected, e.g. -o background=true")
         *maps, last = key.split('.')
         inner = found
-        for m in maps: inner = inner.setdefault(m, {})
+        for m in maps: inner = inner.setdefault(m, {}) if isinstance(inner, dict) else None
+        if not is_one or not last or key in ('path', 'format') or not isinstance(inner, dict):
+            raise WrongCall(f"-o {pair}: an option of the format was expected, e.g. -o background=true or -o fields.label=kind")
         inner[last] = parse_yaml(value, f'-o {pair}')
     return found
 
@@ -146,8 +149,9 @@ app.add_typer(letters_app, name='letters')
 File = Annotated[Path, typer.Option('--file', help='File of letters. Default: those of the pipeline.')]
 Decisions = Annotated[Path, typer.Option('--patches', help='File of decisions. Default: the one of the pipeline.')]
 
-def _letters(file): return Letters(file or workspace()/'data/interim/dead_letters.jsonl')
-def _decisions(file): return file or workspace()/'data/patches.jsonl'
+def _letters(file, context):
+    "The letters of the file that was named, before or after the subcommand, else the pipeline's."
+    return Letters(file or context.parent.params.get('file') or workspace()/'data/interim/dead_letters.jsonl')
 def _line(l): return f"{l.id}  {l.code}  {l.source}/{l.file}{'' if l.row is None else f' #{l.row}'}: {l.detail}"
 def _json(l): return json.dumps(dict(id=l.id, **vars(l)))
 
@@ -162,7 +166,8 @@ def letters(
 ):
     "What was rejected, where it stood, and why."
     if context.invoked_subcommand: return
-    found = _letters(file)
+    if code and code not in CODES: raise WrongCall(f'there is no code {code!r}.{nearest(code, CODES)}')
+    found = _letters(file, context)
     places = found.where(code, source)
     if as_json:
         print('[', end='')
@@ -176,6 +181,7 @@ def letters(
 # %% ../notebooks/api/40_cli.ipynb #show
 @letters_app.command()
 def show(
+    context: typer.Context,
     id: Annotated[str, typer.Argument(help='Of the letter, or its beginning.')],
     file: File = None,
     root: Annotated[Path, typer.Option(help='Folder that holds the sources. Default: the one of the pipeline.')] = None,
@@ -184,7 +190,7 @@ def show(
 ):
     "One letter: its record, its picture, the boxes on it, what happened to it before."
     from nbs_lib.review import look, origins
-    found = _letters(file)
+    found = _letters(file, context)
     letter, interim = found.find(id), found.path.parent
     root = root or workspace()/section_of('ingest')['root']
     seen = look(letter, root, origins(interim))
@@ -206,16 +212,18 @@ def _draw(seen, path):
 # %% ../notebooks/api/40_cli.ipynb #decide
 @letters_app.command()
 def drop(
+    context: typer.Context,
     id: Annotated[str, typer.Argument(help='Of the letter, or its beginning.')],
     why: Annotated[str, typer.Option(help='For whoever reads this next year.')],
     file: File = None,
     patches: Decisions = None,
 ):
     "Decide that a record is of no use, and need not be told again."
-    _decide(file, patches, id, action='drop', why=why)
+    _decide(_letters(file, context), patches, id, action='drop', why=why)
 
 @letters_app.command()
 def replace(
+    context: typer.Context,
     id: Annotated[str, typer.Argument(help='Of the letter, or its beginning.')],
     value: Annotated[str, typer.Argument(help="What the record should have said, as JSON, in the record's own form.")],
     why: Annotated[str, typer.Option(help='For whoever reads this next year.')],
@@ -225,12 +233,15 @@ def replace(
     "Decide what a record should have said."
     try: value = json.loads(value)
     except ValueError as e: raise WrongCall(f"the value is not JSON: {e}; text needs quotes of its own, e.g. '\"0 .5 .5 .1 .1\"'") from None
-    _decide(file, patches, id, action='replace', value=value, why=why)
+    _decide(_letters(file, context), patches, id, action='replace', value=value, why=why)
 
-def _decide(file, patches, id, **decision):
-    letter = _letters(file).find(id)
-    write_patch(_decisions(patches), letter.id, **decision)
-    print(f"{decision['action']}: {_line(letter)}\nin {_decisions(patches)}; `nbs redrive` shows what that changes, `dvc repro` makes it real")
+def _decide(letters, patches, id, **decision):
+    letter, ours = letters.find(id), workspace()/'data/patches.jsonl'
+    if not patches and letters.path.parent.parent.resolve() != ours.parent.resolve():
+        raise WrongCall(f'{letters.path} has not the letters of the pipeline: name the file of its decisions with --patches')
+    if decision['action'] == 'replace' and not replaceable(letter): raise WrongCall(f'{letter.id} has nothing to replace: drop it, or mend the source')
+    write_patch(patches or ours, letter.id, **decision)
+    print(f"{decision['action']}: {_line(letter)}\nin {patches or ours}; `nbs redrive` shows what that changes, `dvc repro` makes it real")
 
 # %% ../notebooks/api/40_cli.ipynb #redrive
 @app.command()

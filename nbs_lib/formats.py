@@ -6,7 +6,8 @@
 __all__ = ['EVIDENCE', 'READERS', 'WRITERS', 'recognise', 'settled', 'read', 'write_coco_parts', 'export']
 
 # %% ../notebooks/api/10_formats.ipynb #imports
-import shutil
+import re, shutil
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,23 +15,26 @@ from .coco import coco_files, load_coco, read_coco, write_coco
 from .config import WrongCall, nearest, replacing
 from .deadletter import Fault, Patches
 from .source import PICTURES, Tree
-from .stream import csv_rows, json_rows, stream_json
+from .stream import csv_header, csv_rows, json_rows, stream_json
 from .tables import columns_of, csv_files, json_files, read_csv, read_json_records, write_csv
 from .voc import read_voc, write_voc
 from .yolo import class_lists, label_of, read_yolo, write_yolo
 
 # %% ../notebooks/api/10_formats.ipynb #evidence
 def _coco_evidence(tree):
-    files = [f for f in coco_files(tree) if _is_json(f)]
+    files = [f for f in coco_files(tree) if _says_images(f)]
     return files, (i.get('file_name') for f in files for key, _, i in stream_json(f) if key == 'images' and isinstance(i, dict))
 
-def _is_json(path):
-    try: return any(True for _ in stream_json(path))
+def _says_images(path):
+    try: return any(key == 'images' for key, _, _ in stream_json(path))
     except Fault: return False
 
 def _voc_evidence(tree):
-    files = [f for f in tree.endswith('.xml') if b'<annotation' in f.open('rb').read(4096)]
+    files = [f for f in tree.endswith('.xml') if re.search(rb'<annotation[\s>]', _head(f))]
     return files, (f.stem for f in files)
+
+def _head(path):
+    with open(path, 'rb') as f: return f.read(4096)
 
 def _yolo_evidence(tree):
     pictures = [p for p in tree.endswith(*PICTURES) if label_of(tree, p)]
@@ -57,10 +61,17 @@ def recognise(
         if files: seen[format] = _there(tree, names), tree.relative(files[0]) + (f' and {len(files) - 1} more' if len(files) > 1 else '')
     if not seen:
         raise WrongCall(f"{source}: no annotations that could be recognised: no COCO or other JSON, no Pascal VOC XML, no YOLO label files with a list of "
-                        "classes, no table with a column for the picture; name the format, and for tables the `fields`")
+                        f"classes, no table with a column for the picture; name the format, and for tables the `fields`{_looked_at(tree)}")
     best = max(seen, key=lambda format: seen[format][0])
     tell = lambda format: f'{seen[format][1]} speaks of {seen[format][0]} pictures that are there'
     return best, tell(best) + ''.join(f'; {other} would fit too: {tell(other)}' for other in seen if other != best)
+
+def _looked_at(tree):
+    "The tables of a source with their columns, for who has to say what they are called."
+    found = []
+    for f in tree.endswith('.csv', '.tsv')[:3]:
+        with suppress(Fault): found.append(f"{tree.relative(f)} has the columns {', '.join(csv_header(f)[:12])}")
+    return ''.join(f'; {text}' for text in found)
 
 def _there(tree, names):
     "How many of the names are pictures of the source; what breaks off counts as far as it went."
@@ -87,21 +98,23 @@ def settled(
     if format == 'auto': format, why = recognise(folder)
     if format not in READERS: raise WrongCall(f"{format!r} is no format of a source.{nearest(format, [*READERS, 'auto'])}")
     known = list(READERS[format].__kwdefaults__ or {})
-    for k in source.keys() - {'path', 'format'}:
+    for k in sorted(map(str, source.keys() - {'path', 'format'})):
         if k not in known: raise WrongCall(f"format {format} has no option {k!r}.{nearest(k, known)}")
+        kind = READERS[format].__annotations__[k]
+        if source[k] is not None and type(source[k]) is not kind:
+            raise WrongCall(f"option {k} of format {format} must be of type {kind.__name__}, not {source[k]!r}")
     return {**source, 'path': path, 'format': format}, why
 
 def read(
     root: Path,               # folder that holds the sources
     source: dict,             # as for `settled`
     patches: Patches = None,  # people's decisions
-):                            # yields Found and Letter
+):                            # yields Found, Letter, and None: for what a person dropped, and where all before should be judged first
     "Read a source of any format. Raises what `settled` raises."
     source, _ = settled(root, source)
     path, folder = source['path'], Path(root)/source['path']
     options = {k: v for k, v in source.items() if k not in ('path', 'format')}
-    items = READERS[source['format']](folder, folder.resolve().name if path == '.' else path, patches, **options)
-    return (item for item in items if item is not None)
+    return READERS[source['format']](folder, folder.resolve().name if path == '.' else path, patches, **options)
 
 # %% ../notebooks/api/10_formats.ipynb #write-coco-parts
 def write_coco_parts(

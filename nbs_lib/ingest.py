@@ -58,13 +58,15 @@ def judge_boxes(
         code = np.select([~np.isfinite(xyxy).all(1), ~(whole > 0), 1 - area(inside) / whole > overhang, ~np.isin(label, classes or label)],
                          ['non_finite_box', 'empty_box', 'box_outside', 'unknown_class'], '')
     def decided(i):
-        row, record = sample.records[i]
+        row, record, replaced = sample.records[i]
         detail = f'{label[i]} at {xyxy[i].round(1).tolist()} on a picture of {size[0]}×{size[1]}'
-        letter = Letter(str(code[i]), 'box', sample.source, sample.file, row, detail, record, picture=sample.where)
-        return patches.decide(letter, again) if patches else letter
+        letter = Letter(str(code[i]), 'box', sample.source, sample.file, row, detail, record, picture=sample.where,
+                        box=xyxy[i].tolist() if np.isfinite(xyxy[i]).all() else None)
+        if not patches: return letter
+        return patches.failed(replaced, f'{letter.code}: {detail}') if replaced else patches.decide(letter, again)
     def again(record):
         edges, name, crowd = sample.parse(record)
-        kept, bad, _ = judge_boxes(replace(sample, boxes=Boxes([edges], [name], crowd=[crowd]), records=((None, record),)), size, turn,
+        kept, bad, _ = judge_boxes(replace(sample, boxes=Boxes([edges], [name], crowd=[crowd]), records=((None, record, None),)), size, turn,
                                 classes=classes, overhang=overhang)
         if bad: raise Fault(bad[0].code, bad[0].detail)
         return kept
@@ -143,8 +145,8 @@ def _batches(items, most=500, bytes=1 << 26):
     "Lists of items, short where they carry their pictures with them."
     batch, weight = [], 0
     for item in items:
-        batch.append(item); weight += len(getattr(item, 'data', None) or b'')
-        if len(batch) == most or weight > bytes: yield batch; batch, weight = [], 0
+        if item is not None: batch.append(item); weight += len(getattr(item, 'data', None) or b'')
+        if item is None or len(batch) == most or weight > bytes: yield batch; batch, weight = [], 0
     yield batch
 
 def _decoded(items, images, checked):
@@ -169,11 +171,11 @@ class _Intake:
     def __init__(self, root, images, checked, patches, on_bad_box, **judging):
         self.root, self.images, self.checked, self.patches, self.judging = root, images, checked, patches, judging
         self.whole = on_bad_box == 'reject_image'
-        self.letters, self.samples, self.seen, self.twins = Outbox(), {}, Counter(), Counter()
+        self.letters, self.samples, self.silent, self.seen, self.twins = Outbox(), {}, set(), Counter(), Counter()
 
     def take(self, item, stored):
         if isinstance(item, Letter):
-            self.seen.update(pictures=item.level == 'picture', boxes=item.boxes + (item.level == 'box'))
+            self.seen.update(pictures=int(item.level == 'picture'), boxes=item.boxes + int(item.level == 'box'))
             return self.letters.add(item)
         self.seen.update(pictures=1, boxes=len(item.boxes))
         if isinstance(stored, Refused):
@@ -186,8 +188,11 @@ class _Intake:
         if self.whole and n: return self.refuse(item, 'bad_box', f'{n} of its boxes {"are letters" if n > 1 else "is a letter"}')
         sample = self.sample(item, stored)
         first = self.samples.setdefault(stored.name, sample)
-        if first is sample: return
-        if _same(first.boxes, boxes): self.twins.update(pictures=1, boxes=len(boxes))
+        if item.silent and first is sample: self.silent.add(stored.name)
+        elif first is sample: self.seen.update(emptied=int(bool(n) and not len(boxes)))
+        elif stored.name in self.silent and not item.silent:  # now something is said of it
+            self.silent.remove(stored.name); self.samples[stored.name] = sample; self.twins.update(pictures=1)
+        elif item.silent or _same(first.boxes, boxes): self.twins.update(pictures=1, boxes=len(boxes))
         else: self.refuse(item, 'conflicting_duplicate', f'the same picture as {first.file}')
 
     def refuse(self, item, code, detail, again=None):
@@ -202,7 +207,7 @@ class _Intake:
     def another(self, item):
         def again(record):
             need(record, 'picture')
-            other = replace(item, path=item.find(record), data=None)
+            other = replace(item, path=item.find(record), data=None, where=str(record['picture']))
             stored = _keep(other, self.images, self.checked)
             if isinstance(stored, Refused): raise Fault(stored.code, stored.detail)
             return other, stored
@@ -274,7 +279,7 @@ def _write(out, intake):
     count = Counter(label for s in samples for label in s.boxes.label.tolist())
     report = dict(pictures=seen['pictures'], samples=len(samples), picture_letters=letters.levels['picture'], duplicates=intake.twins['pictures'],
                   boxes=seen['boxes'], boxes_kept=count.total(), box_letters=letters.levels['box'], boxes_unused=letters.boxes + intake.twins['boxes'],
-                  file_letters=letters.levels['file'], letters=dict(sorted(letters.codes.items(), key=lambda kv: (-kv[1], kv[0]))),
+                  file_letters=letters.levels['file'], emptied=seen['emptied'], letters=dict(sorted(letters.codes.items(), key=lambda kv: (-kv[1], kv[0]))),
                   patches=intake.patches.report(), classes={n: count[n] for n in intake.judging['classes'] or sorted(count)},
                   splits=dict(sorted(Counter(s.split or 'none' for s in samples).items())), recognised=intake.recognised)
     assert balanced(report), f"the account does not add up: {report}"

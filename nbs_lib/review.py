@@ -16,7 +16,7 @@ import numpy as np
 from .boxes import Boxes, from_yolo
 from .coco import load_coco
 from .config import WrongCall, nearest
-from .deadletter import CODES, Fault, Letter, Letters, Patches, write_patch
+from .deadletter import CODES, Fault, Letter, Letters, Patches, replaceable, write_patch
 from .draw import as_png, show_boxes, show_outline
 from .evaluate import EDGES
 from .images import Refused, decode_file
@@ -30,7 +30,10 @@ def outline(
 ) -> np.ndarray:     # (4,) edges [pixels]; None where the record has no box that could be drawn
     "The box that a letter speaks of."
     try:
-        if isinstance(record, str): edges = from_yolo(np.array([numbers(record.split()[1:5], 4)]))[0]
+        if isinstance(record, str):
+            values = np.array(numbers((columns := record.split())[1:], max(4, len(columns) - 1)))
+            corners = (values if len(values) > 5 and not len(values) % 2 else from_yolo(values[None, :4])).reshape(-1, 2)
+            edges = np.concatenate([corners.min(0), corners.max(0)])
         elif isinstance(record, dict): edges = np.array(numbers(record['xyxy'], 4)) if 'xyxy' in record else edges_of(record, Options())
         else: return None
     except Fault: return None
@@ -86,10 +89,16 @@ def look(
     "Find the picture of a letter and the boxes on it."
     name = letter.picture or (letter.file if Path(letter.file).suffix.lower() in PICTURES else '')
     path = next((p for p in (Path(root)/letter.source/name, Path(root)/name) if name and p.is_file()), None)
-    picture = decode_file(path, min_side=1, **limits) if path else None
-    image = None if picture is None or isinstance(picture, Refused) else picture.image
+    image = getattr(decode_file(path, min_side=1, **limits), 'image', None) if path else None
     sample = kept.get(path.relative_to(root).as_posix()) if path else None
-    return Look(letter, path, image, sample.boxes if sample else Boxes([], []), image and outline(letter.record, image.size))
+    box = image and (outline(letter.record, image.size) if letter.box is None else np.array(letter.box))
+    return Look(letter, path, image, sample.boxes if sample else Boxes([], []), box)
+
+def _box_of(seen, record):
+    "The box as an edited record says; as it was where the format is told by options that nothing here knows."
+    before = seen.box if seen.letter.box is None else outline(seen.letter.record, seen.image.size)
+    if record == seen.letter.record or before is not seen.box and (before is None or not np.allclose(before, seen.box, atol=1)): return seen.box
+    return outline(record, seen.image.size)
 
 # %% ../notebooks/api/34_review.ipynb #rows
 _STYLE = '''<style>
@@ -171,8 +180,6 @@ class Paged(widgets.VBox):
             self.choices[name].value = value
 
 # %% ../notebooks/api/34_review.ipynb #panel
-_WHOLE = 'bad_box', 'conflicting_duplicate'  # codes of pictures that nothing can be put in place of, only mended in the source
-
 class Panel(widgets.HBox):
     "One letter: its picture, its record to be edited, and the buttons that decide."
     def __init__(self,
@@ -200,7 +207,7 @@ class Panel(widgets.HBox):
         letter, self.seen = seen.letter, None  # none: else the record would be drawn on the letter before
         self.record.value = sendable(_legible(patch.get('value', letter.record)))
         self.why.value, self.status.value, self.drop.disabled, self.seen = patch.get('why', ''), status, False, seen
-        self.replace.disabled = letter.code in _WHOLE or letter.record is None and letter.row is None
+        self.replace.disabled = not replaceable(letter)
         decision = dict(decision=f"{patch['action']}: {patch['why']}") if patch else {}
         self.facts.value = _facts({'letter': letter.id, 'code': f'{letter.code}: {CODES[letter.code]}', 'where': _where(letter), 'found': letter.detail,
                                    'picture': seen.path or letter.picture or 'not known', **decision})
@@ -214,7 +221,7 @@ class Panel(widgets.HBox):
         "The picture, with the box as the record says now."
         if self.seen is None: return
         self.picture.layout.display = 'none' if self.seen.image is None else None
-        if self.seen.image: self.picture.value = as_png(replace(self.seen, box=outline(self.edited(), self.seen.image.size)).draw)
+        if self.seen.image: self.picture.value = as_png(replace(self.seen, box=_box_of(self.seen, self.edited())).draw)
 
     def attempt(self, do):
         self.status.value = ''
@@ -230,8 +237,7 @@ def _line(first, text):
     return widgets.HBox([first, widgets.HTML(text, layout=dict(flex='1', min_width='0', height='24px', margin='0 0 0 10px'))]).add_class('nbs-line')
 
 # %% ../notebooks/api/34_review.ipynb #review-class
-_NARROW = dict(width='10em', height='24px', margin='0')
-_PAGE, _COLUMNS = 20, '11em minmax(8em, 3fr) 4fr 5em'
+_NARROW, _PAGE, _COLUMNS = dict(width='10em', height='24px', margin='0'), 20, '11em minmax(8em, 3fr) 4fr 5em'
 
 class Review(Paged):
     "Letters in a table, one of them on a panel, and what a person decides on it."

@@ -8,6 +8,7 @@ __all__ = ['LONGEST', 'SPACE', 'DECODER', 'stream_json', 'csv_rows', 'csv_header
 # %% ../notebooks/api/04_stream.ipynb #imports
 import csv, json, re, sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from .deadletter import Fault
@@ -89,49 +90,67 @@ def csv_rows(
 ) -> Iterator:            # of (line, record, or Fault)
     "Rows of a table; the delimiter is the one of , ; | and tab that makes most columns of the first row. Raises `Fault` for a file that cannot be read."
     names = [*columns]
-    for line, cells in _cells(path):
-        if isinstance(cells, Fault): yield line, cells
-        elif not names: names = cells
-        elif any(cells[len(names):]): yield line, Fault('malformed_record', f'{len(cells)} columns, where there are {len(names)}: {cells!r}'[:300])
-        else: yield line, dict(zip(names, cells))
+    with _table(path) as (delimiter, rows):
+        for line, cells, lines in rows:
+            if not names and not isinstance(cells, Fault): names = cells; continue
+            row = _row(cells, names, ''.join(lines))
+            if not isinstance(row, Fault) or len(lines) == 1: yield line, row; continue
+            for n, text in enumerate(lines, line - len(lines) + 1):  # a quote that is never closed swallows what follows: line by line, then
+                if text.count('"') % 2: yield n, Fault('malformed_record', 'a quote that is never closed', text)
+                elif any(cells := [c.strip() for c in next(csv.reader([text], delimiter=delimiter), [])]): yield n, _row(cells, names, text)
+
+def _row(cells, names, text):
+    if isinstance(cells, Fault): return Fault(cells.code, cells.detail, text)
+    if any(cells[len(names):]): return Fault('malformed_record', f'{len(cells)} columns, where there are {len(names)}', text)
+    return dict(zip(names, cells + [''] * (len(names) - len(cells))))
 
 def csv_header(
     path: Path, # of a table
 ) -> list:      # names of the columns: the first row that is not empty
     "Raises `Fault` for a file that cannot be read."
-    return next((cells for _, cells in islice(_cells(path), 100) if isinstance(cells, list)), [])
+    with _table(path) as (_, rows): return next((cells for _, cells, _ in islice(rows, 100) if isinstance(cells, list)), [])
 
-def _cells(path):
-    "(line, cells, or Fault) of each row that is not empty."
+@contextmanager
+def _table(path):
+    "(delimiter, rows as (line, cells or Fault, lines of text) where they are not empty)"
     try:
         with open(path, 'rb') as f: wide = f.read(2) in (b'\xff\xfe', b'\xfe\xff')
         with open(path, encoding='utf-16' if wide else 'utf-8-sig', errors='surrogateescape', newline='') as f:
-            first = f.readline(LONGEST)
-            delimiter = max(';\t|,', key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
+            first = next((line for line in iter(lambda: f.readline(LONGEST), '') if line.strip()), '')
+            said = re.fullmatch(r'sep=(.)\s*', first)  # as Excel writes it
+            delimiter = said[1] if said else max(';\t|,', key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
             f.seek(0)
-            rows = csv.reader(f, delimiter=delimiter)
-            while True:
-                try: cells = [c.strip() for c in next(rows)]
-                except StopIteration: return
-                except csv.Error as e: yield rows.line_num, Fault('malformed_record', f'not a row of a table: {e}')
-                else:
-                    if any(cells): yield rows.line_num, cells
+            yield delimiter, _cells(f, delimiter, first if said else None)
     except OSError as e: raise Fault('unreadable_file', f'the file may not be read: {e.strerror}') from None
     except (UnicodeError, csv.Error) as e: raise Fault('malformed_record', f'not a table: {e}') from None
 
+def _cells(file, delimiter, said):
+    lines = []
+    rows = csv.reader((lines.append(line) or line for line in file if line != said), delimiter=delimiter)
+    while True:
+        try: cells = [c.strip() for c in next(rows)]
+        except StopIteration: return
+        except csv.Error as e: cells = Fault('malformed_record', f'not a row of a table: {e}')
+        if isinstance(cells, Fault) or any(cells): yield rows.line_num + bool(said), cells, lines[:]
+        lines.clear()
+
 # %% ../notebooks/api/04_stream.ipynb #json-rows
 def json_rows(
-    path: Path, # .json: an array; else JSON Lines
+    path: Path, # .json: an array, unless it begins as JSON Lines do; else JSON Lines
 ) -> Iterator:  # of (row, record, or Fault)
     "Records of JSON Lines (jsonlines.org) or of a JSON array. Raises `Fault` for a file that cannot be read."
-    if path.suffix.lower() == '.json':
-        for key, index, value in stream_json(path):
-            if key is not None or index is None and value != []: raise Fault('malformed_record', 'a JSON array of records was expected')
-            if index is not None: yield index, value
-        return
     try:
-        with open(path, 'rb') as f: yield from _lines(f)
+        if path.suffix.lower() != '.json' or _first(path) == '{':
+            with open(path, 'rb') as f: yield from _lines(f)
+            return
     except OSError as e: raise Fault('unreadable_file', f'the file may not be read: {e.strerror}') from None
+    for key, index, value in stream_json(path):
+        if key is not None or index is None and value != []: raise Fault('malformed_record', 'a JSON array of records was expected')
+        if index is not None: yield index, value
+
+def _first(path):
+    "The first character that is no space: some call a file of JSON Lines .json."
+    with open(path, encoding='utf-8-sig', errors='replace') as f: return f.read(1000).strip()[:1]
 
 def _lines(file):
     n = 0

@@ -8,6 +8,7 @@ __all__ = ['KNOWN', 'FORMS', 'HEADER', 'columns_of', 'Options', 'edges_of', 'obj
 
 # %% ../notebooks/api/09_tables.ipynb #imports
 import base64, binascii, csv, re, shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -17,14 +18,14 @@ from tqdm.auto import tqdm
 from .boxes import Sample, from_xywh, from_yolo
 from .config import WrongCall, nearest
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Reading, Tree, is_name, need, numbers, picture_of, sample_of, split_in
+from .source import Reading, Tree, is_name, is_true, need, numbers, sample_of, split_in, unlabelled, unread
 from .stream import Spool, csv_header, csv_rows, json_rows
 
 # %% ../notebooks/api/09_tables.ipynb #known
 KNOWN = {k: v.split() for k, v in dict(
-    picture='picture filename file image imagepath imgpath path img imagename imagefile imageid imgid pictureid name',
+    picture='picture filename file filepath fname image imagepath imgpath path img imagename imgname imagefile imageid imgid pictureid name',
     data='data base64 imagebase64 imagedata imagebytes b64', id='',
-    label='label class classname category categoryname celltype labelname object name classid categoryid',
+    label='label class classname category categoryname celltype labelname object name classid categoryid labels classes categories',
     crowd='iscrowd crowd isgroupof', split='split subset set part',
     width='imagewidth imgwidth imagew width', height='imageheight imgheight imageh height',
     objects='objects annotations boxes bboxes', box='bbox box bndbox boundingbox',
@@ -37,16 +38,17 @@ FORMS = {'xyxy': ('xmin', 'ymin', 'xmax', 'ymax'), 'cxcywh': ('cx', 'cy', 'w', '
 def columns_of(
     names: tuple,        # the columns or keys there are
     fields: tuple = (),  # pairs (key of `KNOWN`, its column)
-) -> dict:               # key of `KNOWN` → its column; `form`, key of `FORMS`, where there are columns for a box
+) -> dict:               # key of `KNOWN` → its column; `form`, key of `FORMS` where there are columns for a box; `partly`: for a part of one
     "Find out which column is which."
     there, given = {re.sub(r'[^a-z0-9]', '', str(n).casefold()): n for n in reversed(names)}, dict(fields)
     found = {k: c for k, known in KNOWN.items() if (c := given.get(k) or next((there[n] for n in known if n in there), None)) is not None}
     form = next((f for f, edges in FORMS.items() if all(e in found for e in edges)), None)
     ours = set(FORMS[form]) if form else set()
+    partly = not form and any(e in found for e in sum(FORMS.values(), ()) if e not in ('w', 'h'))
     taken = [found[e] for e in ours]
     odd = {k for k in found if k not in ours and (k in sum(FORMS.values(), ()) or k in ('width', 'height') and found[k] in taken)}
     if found.get('picture') == found.get('label') and 'label' not in given: odd.add('label')
-    return {k: c for k, c in found.items() if k not in odd} | dict(form=form)
+    return {k: c for k, c in found.items() if k not in odd} | dict(form=form, partly=partly)
 
 # %% ../notebooks/api/09_tables.ipynb #edges
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Options:
     box: str = 'xywh'         # form of a box that is one value, key of `FORMS`
     background: bool = False  # a picture without boxes has no objects, and is not a letter
     whole: bool = False       # a label without a box is about the picture as a whole
+    label: str = None         # class of every box, where there is no column for it
 
 def _number(v):
     if not isinstance(v, str) or ',' not in v: return v
@@ -68,16 +71,18 @@ def edges_of(
 ) -> np.ndarray:       # (4,) edges, in the unit of the record
     "The box of a record. Raises `Fault`."
     need(record)
-    columns = columns_of(tuple(record), options.fields)
-    if form := columns['form']:
-        values = {columns[k]: record[columns[k]] for k in FORMS[form]}
+    columns, form = columns_of(tuple(record), options.fields), options.box
+    if 'box' in columns and not columns['form'] and isinstance(inner := record[columns['box']], dict):
+        record, columns = inner, columns_of(tuple(inner))
+        if (columns['form'], form) == ('xywh', 'cxcywh'):
+            columns, record = {'form': None, 'box': 'box'}, {'box': [inner[columns[k]] for k in 'xywh']}
+    if columns['form']:
+        form, values = columns['form'], {columns[k]: record[columns[k]] for k in FORMS[columns['form']]}
         need({k: None if v == '' else v for k, v in values.items()}, *values)
         values = list(values.values())
     else:
         if 'box' not in columns: raise Fault('missing_key', 'there is no box: neither corners, nor centre and size, nor bbox')
-        need(record, columns['box'])
-        values, form = record[columns['box']], options.box
-        if isinstance(values, dict): return edges_of(values, replace(options, fields=()))
+        if (values := record[columns['box']]) in (None, ''): raise Fault('missing_key', f"there is no {columns['box']}")
         if isinstance(values, str): values = re.split(r'[\s,;]+', values.strip(' \t[](){}'))
     box = np.array([numbers([_number(v) for v in values] if isinstance(values, list) else values, 4)])
     return {'xyxy': lambda b: b, 'xywh': from_xywh, 'cxcywh': from_yolo}[form](box)[0]
@@ -99,6 +104,7 @@ def objects_of(
         return [(f'{row}.{i}', o) for i, o in enumerate(found)]
     boxes = [columns[k] for k in (*FORMS.get(columns['form'], ()), 'box') if k in columns]
     said = [c for c in (*boxes, columns.get('label')) if record.get(c) not in (None, '')]
+    if columns['partly']: return [(row, record)]  # so that what is missing is told
     if not boxes and not (options.whole and said) and not options.background: raise Fault('missing_label', 'it has no box and no objects; '
         '`background: true` takes such pictures as empty, `whole: true` takes the label as the whole picture\'s, `fields` names the columns')
     return [(row, record)] if said and (boxes or options.whole) else []
@@ -106,17 +112,21 @@ def objects_of(
 def object_of(
     record: dict,      # a row, or an object in one
     options: Options,  # of its source
+    nested: bool = False,  # it is an object in a row: its name is no picture's
 ) -> tuple:            # (edges, class name, crowd)
     "A box with its class. Raises `Fault`."
     need(record)
     columns = columns_of(tuple(record), options.fields)
-    label = record.get(columns.get('label'))
+    label = record.get(columns.get('label', columns.get('picture') if nested else None), options.label)
     if label in (None, ''): raise Fault('missing_key', 'there is no class')
-    label = str(label).strip() if isinstance(label, (str, int)) else label
+    label = _legible(str(label).strip()) if isinstance(label, (str, int)) else label
     if not is_name(label): raise Fault('malformed_record', f'{label!r} is no name for a class')
     whole = options.whole and not columns['form'] and 'box' not in columns
-    crowd = str(record.get(columns.get('crowd'))).lower() in ('1', 'true', 'yes')
-    return np.array([0., 0, 1, 1]) if whole else edges_of(record, options), label, crowd
+    return np.array([0., 0, 1, 1]) if whole else edges_of(record, options), label, is_true(record.get(columns.get('crowd')))
+
+def _legible(text):
+    "Text that was no UTF-8 was written on Windows."
+    return text.encode('utf-8', 'surrogateescape').decode('cp1252', 'replace') if re.search('[\ud800-\udfff]', text) else text
 
 # %% ../notebooks/api/09_tables.ipynb #table-files
 def csv_files(
@@ -144,14 +154,14 @@ def json_files(
         return any({'picture', 'data'} & columns_of(tuple(r), fields).keys() for r in records)
     return [f for f in tree.endswith('.jsonl', '.ndjson', '.json') if fits(f)]
 
-def _options(fields, unit, box, background, whole):
+def _options(fields, unit, box, background, whole, label=None):
     fields = fields or {}
     if not isinstance(fields, dict): raise WrongCall(f"fields must be a map such as {{picture: image, label: kind}}, not {fields!r}")
     for k in fields:
         if k not in KNOWN: raise WrongCall(f"fields: there is no field {k!r}.{nearest(k, list(KNOWN))}")
     if unit not in (None, 'pixels', 'share'): raise WrongCall(f"unit must be pixels or share, not {unit!r}")
     if box not in FORMS: raise WrongCall(f"{box!r} is no form of a box.{nearest(box, list(FORMS))}")
-    return Options(tuple((k, str(v)) for k, v in fields.items()), unit, box, background, whole)
+    return Options(tuple((k, str(v)) for k, v in fields.items()), unit, box, background, whole, label)
 
 # %% ../notebooks/api/09_tables.ipynb #read-tables
 def read_csv(
@@ -165,9 +175,10 @@ def read_csv(
     box: str = 'xywh',         # form of a box that is one column, key of `FORMS`
     background: bool = False,  # a picture without boxes has no objects, and is not a letter
     whole: bool = False,       # a class without a box is the whole picture's
+    label: str = None,         # class of every box, where there is no column for it
 ):                             # yields Found, Letter, and None for what a person dropped
     "Read tables. Raises `WrongCall` where the source has none that speaks of pictures, or for an option that makes no sense."
-    reading, options = Reading(source, name, patches), _options(fields, unit, box, background, whole)
+    reading, options = Reading(source, name, patches), _options(fields, unit, box, background, whole, label)
     columns = tuple(map(str, columns or ()))
     files = csv_files(reading.tree, columns, options.fields)
     if not files: raise WrongCall(f"{source}: no table there with a column for the picture and one for the class or the box; "
@@ -184,22 +195,19 @@ def read_json_records(
     box: str = 'xywh',         # as for `read_csv`
     background: bool = False,  # as for `read_csv`
     whole: bool = False,       # as for `read_csv`
+    label: str = None,         # as for `read_csv`
 ):                             # yields Found, Letter, and None for what a person dropped
     "Read JSON Lines or JSON arrays. Raises `WrongCall` where the source has none that speaks of pictures, or for an option that makes no sense."
-    reading, options = Reading(source, name, patches), _options(fields, unit, box, background, whole)
+    reading, options = Reading(source, name, patches), _options(fields, unit, box, background, whole, label)
     files = json_files(reading.tree, options.fields)
     if not files: raise WrongCall(f"{source}: no JSON Lines and no JSON array there whose records name a picture; `fields` says what their keys are called")
     yield from _tables(reading, files, json_rows, 'picture', options)
 
 def _tables(reading, files, rows, level, options):
-    named = set()
-    for path in files:
-        for item in _table(reading, path, rows, level, options):
-            if isinstance(item, Sample): named.add(item.path)
-            yield item
-    for picture in reading.tree.endswith(*PICTURES):
-        if picture.resolve() not in named: yield reading.unlabelled(picture, options.background, 'no record names this picture')
-    yield from reading.unread()
+    for path in files: yield from _table(reading, path, rows, level, options)
+    yield None  # what a person put in place of a picture is known before it is said that nothing names it
+    for picture in reading.left(): yield unlabelled(reading, picture, options.background, 'no record names this picture')
+    yield from unread(reading)
 
 # %% ../notebooks/api/09_tables.ipynb #table
 def _table(reading, path, rows, level, options):
@@ -214,7 +222,7 @@ def _table(reading, path, rows, level, options):
         return '' if 'id' in dict(options.fields) else name  # a record with an id is a picture of its own
     try:
         for row, record in tqdm(rows(path), path.name, unit='', delay=2):
-            plain = None if isinstance(record, Fault) else record
+            plain = record.text if isinstance(record, Fault) else record
             found = reading.attempt(lambda r: (key(record if r is plain else r), r), plain, level, file, row)
             if not isinstance(found, tuple): yield found; continue
             groups.add(found[0] or f'\0{row}', row, found[1])
@@ -232,40 +240,55 @@ def _coordinates(row, record, options):
 def _group(reading, path, records, options, share, seen):
     "The sample of one picture, or its letter, after the letters of its boxes."
     tree, file, (row, first) = reading.tree, reading.tree.relative(path), records[0]
-    columns, parse = columns_of(tuple(first), options.fields), partial(object_of, options=options)
-    find = lambda record: (_picture(tree, path, row, record, options, seen), [o for n, r in [(row, record), *records[1:]] for o in objects_of(n, r, options)])
+    columns = columns_of(tuple(first), options.fields)
+    parse = partial(object_of, options=options, nested='objects' in columns)
+    find = lambda record: (_picture(reading, path, row, record, options, seen), _objects([(row, record), *records[1:]], options))
     found = reading.attempt(find, first, 'picture', file, row)
     if found is None: return
-    (picture, data), objects = ((None, None), _objects(records, options)) if isinstance(found, Letter) else found
+    (picture, data), objects = ((None, None), []) if isinstance(found, Letter) else found
+    if picture is None:
+        with suppress(Fault): objects = _objects(records, options)  # as many as can be counted
     where = tree.relative(picture) if picture and data is None else ''
     good, bad = reading.boxes(parse, objects, file, where)
     yield from bad
     if picture is None: return (yield replace(found, boxes=len(good)))
     stated = tuple(first.get(columns.get(k)) for k in ('width', 'height'))
-    split = split_in(str(first.get(columns.get('split')))) or split_in(file) or split_in(where)
+    split = split_in(str(first.get(columns.get('split')))) or split_in(file) or split_in(str(Path(where).parent))
     whole = options.whole and not columns['form'] and not {'box', 'objects'} & columns.keys()
     yield sample_of(picture, good, reading.name, file, row, split, relative=share or whole, stated=stated, data=data, where=where, bad=len(bad), parse=parse,
-                    find=lambda record: picture_of(tree, str(record['picture']), path))
+                    find=lambda record: reading.find(record['picture'], path))
 
 def _objects(records, options):
-    "As many boxes as can be counted where the picture cannot be had."
-    found = []
+    "The boxes that the records of one picture speak of; a record at fault is a box that cannot be parsed, unless all are. Raises `Fault` where all are."
+    found, faults = [], []
     for row, record in records:
         try: found += objects_of(row, record, options)
-        except Fault: pass
-    return found
+        except Fault as e: faults.append((row, record, e))
+    if len(faults) == len(records): raise faults[0][2]
+    return found + [(row, record) for row, record, _ in faults]
 
-def _picture(tree, path, row, record, options, seen):
+# %% ../notebooks/api/09_tables.ipynb #picture
+def _picture(reading, path, row, record, options, seen):
     "(path, bytes where the record holds them)"
-    need(record, *(column for _, column in options.fields))
     columns = columns_of(tuple(record), options.fields)
+    name, data = record.get(columns.get('picture')), record.get(columns.get('data'))
+    found = None if data or name is None else _found(reading, path, str(name).strip())
+    need(record, *(column for k, column in options.fields if k in ('picture', 'data', 'id', 'split', 'objects') or 'objects' not in columns))
     if (id := record.get(dict(options.fields).get('id'))) is not None:
         if type(id) not in (int, str): raise Fault('malformed_record', f'the id must be a whole number or text, not {id!r}')
         if id in seen: raise Fault('duplicate_id', f'record {id!r} was listed before')
-    if not (data := record.get(columns.get('data'))): found = picture_of(tree, str(record.get(columns.get('picture'))).strip(), path), None
-    else: found = path.with_name(f'{path.name}#{row}'), _decoded(data)
+    if data: found = path.with_name(f'{path.name}#{row}'), _decoded(data)
+    elif isinstance(found, Fault): raise found
+    else: found = found, None
     if id is not None: seen.add(id)
     return found
+
+def _found(reading, path, name):
+    "The picture, or the Fault: it is named, even where the record turns out bad."
+    try: return reading.find(name, path)
+    except Fault as e:
+        try: return reading.find(_legible(name), path)
+        except Fault: return e
 
 def _decoded(text):
     try: return base64.b64decode(re.sub(r'^data:[^,]*,|\s', '', text), validate=True)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .boxes import Sample
 from .config import WrongCall
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Reading, is_name, likeliest, need, numbers, picture_of, sample_of, split_in
+from .source import PICTURES, Reading, bounded, is_name, likeliest, need, numbers, sample_of, split_in, unlabelled, unread
 
 # %% ../notebooks/api/07_voc.ipynb #read-voc
 def read_voc(
@@ -33,16 +33,14 @@ def read_voc(
     reading = Reading(source, name, patches)
     tree = reading.tree
     closed = [f for f in tree.unreadable if f.suffix.lower() == '.xml']
-    files, sets, named = sorted([*tree.endswith('.xml'), *closed]), _image_sets(tree), set()
+    files, sets = sorted([*tree.endswith('.xml'), *closed]), _image_sets(tree)
     if not files: raise WrongCall(f"{source}: no XML file there, as Pascal VOC has one for each picture")
-    yield from reading.unread(closed)
-    for path in files:
-        for item in _voc_file(reading, path, sets, partial(_voc_box, one_based=one_based)):
-            if isinstance(item, Sample): named.add(item.path)
-            yield item
+    for path in files: yield from _voc_file(reading, path, sets, partial(_voc_box, one_based=one_based))
+    yield None  # what a person put in place of a picture is known before it is said that nothing names it
     stems = {path.stem.casefold() for path in files}  # a broken XML is a letter of its own, and a mask has the name of its picture
-    for picture in (p for p in tree.endswith(*PICTURES) if p.resolve() not in named and p.stem.casefold() not in stems):
-        yield reading.unlabelled(picture, background, 'no XML file names this picture')
+    for picture in (p for p in reading.left() if p.stem.casefold() not in stems):
+        yield unlabelled(reading, picture, background, 'no XML file names this picture')
+    yield from unread(reading, closed)
 
 def _image_sets(tree):
     "The split of each stem that ImageSets/*/{train,val,test}.txt lists; the test part wins."
@@ -54,28 +52,34 @@ def _image_sets(tree):
 
 # %% ../notebooks/api/07_voc.ipynb #voc-file
 def _voc_file(reading, path, sets, parse):
-    tree, file = reading.tree, reading.tree.relative(path)
+    file = reading.tree.relative(path)
     try: root = _voc_root(path)
     except Fault as e: return (yield reading.letter(e.code, 'picture', path, e.detail))
-    find = lambda record: _voc_picture(tree, str(record['filename']).strip(), path)
-    picture = reading.attempt(find, {'filename': (root.findtext('filename') or '').strip()}, 'picture', file)
+    picture = reading.attempt(partial(_voc_picture, reading, path), {'filename': (root.findtext('filename') or '').strip()}, 'picture', file)
     if picture is None: return
-    where = '' if isinstance(picture, Letter) else tree.relative(picture)
-    good, bad = reading.boxes(parse, enumerate(map(_plain, root.findall('object'))), file, where)
+    where = '' if isinstance(picture, Letter) else reading.tree.relative(picture)
+    good, bad = reading.boxes(parse, enumerate(map(_plain, root.iter('object'))), file, where)
     yield from bad
     if not where: return (yield replace(picture, boxes=len(good)))
     stated = tuple(root.findtext(f'size/{k}') for k in ('width', 'height'))
-    yield sample_of(picture, good, reading.name, file, None, sets.get(path.stem) or split_in(file), stated=stated, where=where, bad=len(bad), parse=parse,
-                    find=lambda record: picture_of(tree, str(record['picture']), path))
+    yield sample_of(picture, good, reading.name, file, None, sets.get(path.stem) or split_in(str(Path(file).parent)), stated=stated, where=where,
+                    bad=len(bad), parse=parse, find=lambda record: reading.find(record['picture'], path))
 
-def _voc_picture(tree, stated, path):
-    try: return picture_of(tree, stated or path.name, path)
+def _voc_picture(reading, path, record):
+    "The picture that <filename> means, or that has the XML's own name."
+    need(record, 'filename')
+    same = [p for p in reading.tree.by_stem[path.stem.casefold()] if p.suffix.lower() in PICTURES]
+    try:
+        if record['filename']: return reading.find(record['filename'], path)
     except Fault as e:
-        same = [p for p in tree.by_stem[path.stem.casefold()] if p.suffix.lower() in PICTURES]
         if e.code != 'missing_image' or not same: raise
-        return likeliest(tree, [p for p in same if p.parent.name in ('JPEGImages', 'images')] or same, path)
+    if not same: raise Fault('missing_image', f'it names no picture, and none is called {path.stem}')
+    found = likeliest(reading.tree, [p for p in same if p.parent.name in ('JPEGImages', 'images')] or same, path)
+    reading.named.add(found)
+    return found
 
 def _voc_root(path):
+    bounded(path)
     try: root = parse_xml(path).getroot()
     except (ParseError, DefusedXmlException, ValueError, LookupError) as e: raise Fault('malformed_record', f'not XML that can be read: {e}') from None
     except OSError as e: raise Fault('unreadable_file', f'the file may not be read: {e.strerror}') from None
@@ -83,7 +87,7 @@ def _voc_root(path):
     return root
 
 def _voc_box(o, one_based):
-    "(edges, class name, crowd)"
+    "(edges, class name, crowd); of two boxes in one object nobody can tell which is meant"
     need(o, 'name', 'bndbox'); need(o['bndbox'], *CORNERS)
     if not is_name(label := o['name']): raise Fault('malformed_record' if label else 'missing_key', f'{label!r} is no name for a class')
     return np.array(numbers([o['bndbox'][k] for k in CORNERS], 4)) - [one_based, one_based, 0, 0], label, False
@@ -92,7 +96,10 @@ CORNERS = 'xmin', 'ymin', 'xmax', 'ymax'
 
 def _plain(e, depth=5):
     "An XML element as nested dicts, cut off where it nests deeper than an annotation can."
-    return {c.tag: _plain(c, depth - 1) for c in e} if len(e) and depth else (e.text or '').strip()
+    if not len(e) or not depth: return (e.text or '').strip()
+    found = {}
+    for c in e: found.setdefault(c.tag, []).append(_plain(c, depth - 1))
+    return {tag: values[0] if len(values) == 1 else values for tag, values in found.items()}
 
 # %% ../notebooks/api/07_voc.ipynb #write-voc
 def write_voc(

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from .boxes import Sample, from_yolo, to_yolo
 from .config import WrongCall, read_yaml, write_yaml
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Reading, Tree, is_name, numbers, picture_of, sample_of, split_in, text_of
+from .source import PICTURES, Reading, Tree, is_name, numbers, sample_of, split_in, text_of, unlabelled, unread
+from .stream import LONGEST
 
 # %% ../notebooks/api/08_yolo.ipynb #class-lists
 def class_lists(
@@ -45,8 +46,8 @@ def label_of(
     "The label file of a picture."
     parts = picture.relative_to(tree.root).with_suffix('.txt').parts
     last = next((i for i in reversed(range(len(parts) - 1)) if parts[i].lower() == 'images'), None)
-    swapped = [tree.root.joinpath(*parts[:last], name, *parts[last + 1:]) for name in ('labels', 'Labels')] if last is not None else []
-    return next((f for f in (*swapped, tree.root.joinpath(*parts), tree.root/'labels'/parts[-1]) if f in tree), None)
+    swapped = [tree.root.joinpath(*parts[:last], 'labels', *parts[last + 1:])] if last is not None else []
+    return next((f for f in map(tree.called, (*swapped, tree.root.joinpath(*parts), tree.root/'labels'/parts[-1])) if f), None)
 
 # %% ../notebooks/api/08_yolo.ipynb #parts
 def _parts(tree, lists):
@@ -65,7 +66,7 @@ def _listed(tree, bases, entry):
     "The pictures that one entry of a data.yaml means."
     for base, name in ((b, n) for n in dict.fromkeys((entry, entry.removeprefix('../'))) for b in bases):
         path = Path(os.path.normpath(base/name))
-        if path in tree:
+        if path in tree and path not in tree.unreadable:
             lines = path.read_text(encoding='utf-8-sig', errors='replace').splitlines()
             return [p for line in lines if line.strip() for p in _named(tree, (path.parent, base), line.strip())]
         if os.path.isdir(path): return [p for p in tree.endswith(*PICTURES) if p.is_relative_to(path)]
@@ -94,19 +95,18 @@ def read_yolo(
     parse = partial(_box, classes=classes, posed=first.suffix != '.txt' and 'kpt_shape' in first.read_text(errors='replace'))
     for picture in tree.endswith(*PICTURES):
         file, label = tree.relative(picture), label_of(tree, picture)
-        split = parts[picture] if picture in parts else split_in(file)
+        split = parts[picture] if picture in parts else split_in(str(Path(file).parent))
         used.add(label)
         if label: yield from _label_file(reading, picture, label, split, parse)
-        else: yield reading.unlabelled(picture, background, 'there is no label file', split)
-    for picture in tree.escaping: yield reading.letter('path_escapes_source', 'picture', picture, 'a link that leads out of the source')
+        else: yield unlabelled(reading, picture, background, 'there is no label file', split)
     for label in tree.endswith('.txt'):
         if label not in used and (lines := _orphan(label, tree)) is not None:
             yield reading.letter('missing_image', 'picture', label, 'no picture belongs to this label file', boxes=len(lines))
-    yield from reading.unread(used)
+    yield from unread(reading, used)
 
 def _orphan(file, tree):
     "The lines of a text file that is a label file, by its folder or its content."
-    lines = [l for l in file.read_bytes().splitlines() if l.strip()]
+    with open(file, 'rb') as f: lines = [l for l in f.read(LONGEST).splitlines() if l.strip()]
     looks = bool(lines) and re.fullmatch(rb'\s*\d+(\.0*)?(\s+[-+.\deE]+){4,}\s*', lines[0])
     return lines if looks or 'labels' in map(str.lower, tree.relative(file).split('/')[:-1]) else None
 
@@ -118,7 +118,7 @@ def _label_file(reading, picture, label, split, parse):
     good, bad = reading.boxes(parse, [(n, line) for n, line in enumerate(rows, 1) if line.strip()], file, where)
     yield from bad
     yield sample_of(picture, good, reading.name, file, None, split, relative=True, where=where, bad=len(bad), parse=parse,
-                    find=lambda record: picture_of(reading.tree, str(record['picture']), label))
+                    find=lambda record: reading.find(record['picture'], label))
 
 def _box(line, classes, posed):
     "(edges as shares, class name, crowd)"

@@ -49,7 +49,8 @@ def test_a_person_decides(workspace, page):
         page.get_by_text("Run All Cells", exact=True).click()
         widget = page.locator(".jp-OutputArea")
         press = lambda name: widget.get_by_role("button", name=name, exact=True).click()
-        choose = lambda code: (widget.get_by_role("combobox").first.select_option(f"{code} (1)"), press(one[code].id))
+        chosen = lambda: expect(widget.get_by_text("1–1 of 1")).to_be_visible()  # before that the table still changes
+        choose = lambda code: (widget.get_by_role("combobox").first.select_option(f"{code} (1)"), chosen(), press(one[code].id))
         why, record, facts, wrong = (widget.locator(css) for css in ("input[type=text]", "textarea", ".nbs-facts", ".nbs-wrong"))
         expect(widget.get_by_text("1–9 of 9")).to_be_visible()
 
