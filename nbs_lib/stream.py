@@ -94,7 +94,7 @@ def csv_rows(
         for line, cells, lines in rows:
             if not names and not isinstance(cells, Fault): names = cells; continue
             row = _row(cells, names, ''.join(lines))
-            if not isinstance(row, Fault) or len(lines) == 1: yield line, row; continue
+            if len(lines) == 1 or not isinstance(row, Fault) and len(cells) >= len(names): yield line, row; continue
             for n, text in enumerate(lines, line - len(lines) + 1):  # a quote that is never closed swallows what follows: line by line, then
                 if text.count('"') % 2: yield n, Fault('malformed_record', 'a quote that is never closed', text)
                 elif any(cells := [c.strip() for c in next(csv.reader([text], delimiter=delimiter), [])]): yield n, _row(cells, names, text)

@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'FORMS', 'HEADER', 'columns_of', 'Options', 'edges_of', 'obj
            'read_csv', 'read_json_records', 'write_csv']
 
 # %% ../notebooks/api/09_tables.ipynb #imports
-import base64, binascii, csv, re, shutil
+import base64, binascii, csv, posixpath, re, shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -126,7 +126,7 @@ def object_of(
 
 def _legible(text):
     "Text that was no UTF-8 was written on Windows."
-    return text.encode('utf-8', 'surrogateescape').decode('cp1252', 'replace') if re.search('[\ud800-\udfff]', text) else text
+    return re.sub('[\udc80-\udcff]', lambda m: bytes([ord(m[0]) - 0xdc00]).decode('cp1252', 'replace'), text)
 
 # %% ../notebooks/api/09_tables.ipynb #table-files
 def csv_files(
@@ -219,6 +219,7 @@ def _table(reading, path, rows, level, options):
         if record.get(columns.get('data')): return ''
         need(record, columns.get('picture', 'picture'))
         name = str(record[columns['picture']]).strip().replace('\\', '/') or need({}, columns['picture'])
+        name = posixpath.normpath(name)
         return '' if 'id' in dict(options.fields) else name  # a record with an id is a picture of its own
     try:
         for row, record in tqdm(rows(path), path.name, unit='', delay=2):
