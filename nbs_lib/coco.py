@@ -58,16 +58,18 @@ def _coco_file(reading, path):
     try: images, boxes, classes = _coco_lists(path)
     except Fault as e: return (yield reading.letter(e.code, 'file', path, e.detail))
     for row, category, fault in classes.faults: yield reading.patches.decide(Letter(fault.code, 'file', reading.name, file, row, fault.detail, category))
-    pictures, parse, seen = _Pictures(reading, path, images), partial(_coco_box, classes=classes), set()
+    pictures, parse, seen, mended = _Pictures(reading, path, images), partial(_coco_box, classes=classes), set(), {}
     for row, a in (r for id in [*boxes.keys()] if id not in pictures.ids for r in boxes.of(id)):
-        a = reading.attempt(partial(_known, ids=pictures.ids, parse=parse), a, 'box', file, _row(a, row))
-        if isinstance(a, dict): boxes.add(_id(a, 'image_id'), row, a)
+        try: _known(a, pictures.ids, parse)
+        except Fault as e: letter = Letter(e.code, 'box', reading.name, file, _row(a, row), e.detail, a)
+        a = reading.patches.decide(letter, partial(_known, ids=pictures.ids, parse=parse))
+        if isinstance(a, dict): boxes.add(_id(a, 'image_id'), row, a); mended[str(_row(a, row))] = letter
         else: yield a
     for row, im, outcome in pictures:
         owner = pictures.ids.get(_id(im, 'id')) == row
         records = [(_row(a, n), a) for n, a in boxes.of(_id(im, 'id'))] if owner else []
         where = '' if not isinstance(outcome, Path) else reading.tree.relative(outcome)
-        good, bad = reading.boxes(partial(_new_box, parse=parse, seen=seen), records, file, where) if outcome is not None else ([], [])
+        good, bad = reading.boxes(partial(_new_box, parse=parse, seen=seen), records, file, where, mended) if outcome is not None else ([], [])
         yield from bad
         if isinstance(outcome, Letter): yield replace(outcome, boxes=len(good))
         elif where: yield _coco_sample(reading, file, im, outcome, good, where=where, bad=len(bad), parse=parse)
@@ -131,8 +133,9 @@ class _Pictures:
         self.reading, self.path, self.images, self.new = reading, path, images, {}
         self._settle()
         decided = reading.patches.by_id
-        self.new = {row: letter for row, letter in self._letters() if decided.get(letter.id, {}).get('action') == 'replace'}
-        if self.new: self._settle()
+        if any(p['action'] == 'replace' for p in decided.values()):
+            self.new = {row: letter for row, letter in self._letters() if decided.get(letter.id, {}).get('action') == 'replace'}
+            self._settle()
 
     def _records(self):
         for id in [*self.images.keys()]:
@@ -148,7 +151,8 @@ class _Pictures:
     def _find(self, row, im):
         need(im, 'id', 'file_name')
         if not (id := _id(im, 'id')): raise Fault('malformed_record', f"the id must be a number or text, not {im['id']!r}")
-        if (n := len(self.names[id])) > 1: raise Fault('duplicate_id', f"{n} pictures have the id {im['id']}: nobody can tell whose its boxes are")
+        if (n := len(self.names[id])) > 1:
+            raise Fault('duplicate_id', f"{n} pictures have the id {im['id']}: nobody can tell whose its boxes are; replace one, with another id")
         if self.ids[id] != row: raise Fault('duplicate_id', f"picture {im['id']} was listed before")
         return self.reading.find(im['file_name'], self.path)
 

@@ -51,7 +51,7 @@ def _known(url, path):
 
 def _conditions(known, path):
     "The headers that ask for the rest of a beginning, or for the file only where it is another than the one we have."
-    etag, modified = (known.get(k) for k in SAYS)
+    etag, modified = (v if (v := known.get(k)) and v.isascii() else None for k in SAYS)
     validator = modified if not etag or etag.startswith('W/') else etag
     if have := _size(_beside(path, 'part')): return {'Range': f'bytes={have}-', 'If-Range': validator} if validator else {}
     if not _size(path) or known.get('size') not in (None, _size(path)): return {}
@@ -94,7 +94,7 @@ def _try(client, url, path, timeout, most):
                     f.write(chunk); bar.update(len(chunk))
     except httpx.TimeoutException: raise _Again(f'the server was silent for {timeout:g} s') from None
     except httpx.ConnectError as e: raise _Again(f'no connection ({e})') from None
-    except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL) as e: raise Unavailable(url, str(e)) from None
+    except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL, UnicodeError) as e: raise Unavailable(url, str(e)) from None
     except httpx.TransportError: raise _Again('the connection broke before the end') from None
     if size not in (None, _size(part)): raise _Again('the file has not the length that the server told')
     os.replace(part, path)

@@ -42,17 +42,17 @@ def choose(
     classes = [str(c) for c in classes]
     if limit < 0: raise WrongCall(f'fetch.limit is a number of pictures, or 0 for all, not {limit}')
     try:
-        names = [c['name'] for c in coco['categories']]
+        names = [str(c['name']) for c in coco['categories']]
         for c in classes:
             if c not in names: raise WrongCall(f'there is no class {c!r}.{nearest(c, names)}')
-        categories = [c for c in coco['categories'] if not classes or c['name'] in classes]
+        categories = [c for c in coco['categories'] if not classes or str(c['name']) in classes]
         wanted = {c['id'] for c in categories}
-        boxes = [a for a in coco['annotations'] if not classes or a['category_id'] in wanted]
-        theirs = {a['image_id'] for a in boxes}
+        boxes = [a for a in coco['annotations'] if not classes or a.get('category_id') in wanted]
+        theirs = {a.get('image_id') for a in boxes}
         images = sorted((im for im in coco['images'] if not classes or im['id'] in theirs), key=lambda im: im['id'])[:limit or None]
         taken = {im['id'] for im in images}
         if not images: raise WrongCall(f"no picture has {' or '.join(classes) or 'a record'}")
-        return {**coco, 'images': images, 'annotations': [a for a in boxes if a['image_id'] in taken], 'categories': categories}
+        return {**coco, 'images': images, 'annotations': [a for a in boxes if a.get('image_id') in taken], 'categories': categories}
     except (KeyError, TypeError, AttributeError): raise WrongCall('this is no COCO file (images, annotations and categories)') from None
 
 # %% ../notebooks/api/12_fetch.ipynb #instances
@@ -111,7 +111,7 @@ def fetch_coco(
     **how,             # as for `download`
 ) -> dict:             # pictures that were chosen, and how many of them failed
     """Make a part of COCO (cocodataset.org/#format-data). A picture that cannot be had, cannot be decoded or has another size than its record
-    says gets a `fetch_error` in its record. Raises `WrongCall` where that holds for all, and what `download` and `choose` raise."""
+    says gets a `fetch_error` in its record. Raises `WrongCall` where the first fifty, or all, cannot be had, and what `download` and `choose` raise."""
     with had(annotations, cache, base, **how) as path, told(annotations):
         coco = choose(_instances(path, part), classes=classes, limit=limit)
     images = coco['images']
@@ -154,12 +154,12 @@ def fetch(
     if kind not in KINDS: raise WrongCall(f"{kind!r} is no kind of fetch.{nearest(kind, KINDS)}")
     Path(cache).mkdir(parents=True, exist_ok=True)
     with FileLock(Path(cache)/'.lock'):  # two processes would write to the same unfinished download
-        told = {}
+        more = {}
         if kind == 'scenes': write_scenes(out, scenes=dict(train=train_scenes, val=val_scenes, test=test_scenes), side=side, seed=seed)
-        elif kind == 'coco': told = fetch_coco(out, cache, base, classes=classes, limit=limit, annotations=annotations, part=part)
-        elif kind == 'archive': told = fetch_archive(out, cache, base, address=address)
+        elif kind == 'coco': more = fetch_coco(out, cache, base, classes=classes, limit=limit, annotations=annotations, part=part)
+        elif kind == 'archive': more = fetch_archive(out, cache, base, address=address)
         else:
             with replacing(out, folder=True): pass
-    return {'kind': kind, 'files': sum(p.is_file() for p in Path(out).rglob('*')), **told}
+    return {'kind': kind, **more, 'files': sum(p.is_file() for p in Path(out).rglob('*'))}
 
 KINDS = ('scenes', 'coco', 'archive', 'none')

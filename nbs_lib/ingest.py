@@ -218,7 +218,7 @@ class _Intake:
         return Sample((self.images or Path())/stored.name, item.boxes, stored.size, item.source, origin, item.row, item.split, stored.brightness, stored.looks)
 
 def _same(a, b):
-    rows = lambda x: sorted(zip(x.label.tolist(), x.xyxy.tolist()))
+    rows = lambda x: sorted(zip(x.label.tolist(), x.xyxy.tolist(), x.is_crowd.tolist()))
     return rows(a) == rows(b)
 
 # %% ../notebooks/api/13_ingest.ipynb #ingest

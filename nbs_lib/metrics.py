@@ -73,6 +73,7 @@ def _check_truth(truth):
         if len(set(v)) < len(v): raise WrongCall(f'truth: {k} must differ, and some are there twice')
     listed = dict(image_id=set(ids['images']), category_id=set(ids['categories']))
     for i, a in enumerate(truth['annotations']):
+        if a.get('iscrowd') not in (None, 0, 1): raise WrongCall(f"truth annotations[{i}].iscrowd must be 0 or 1, not {a['iscrowd']!r}")
         for k, known in listed.items():
             if a[k] not in known: raise WrongCall(f'truth annotations[{i}] has {k} {a[k]}, which the truth does not list')
 
@@ -117,7 +118,7 @@ def score(
 def _rows(sets, number, key, extra):
     "A COCO record for each box of each set, with one value more under `key`."
     return [{'image_id': i, 'category_id': number[label], 'bbox': xywh, key: value} for i, (b, values) in enumerate(zip(sets, extra))
-            for label, xywh, value in zip(b.label.tolist(), to_xywh(b.xyxy).tolist(), values.tolist()) if label in number]
+            for label, xywh, value in zip(b.label.tolist(), to_xywh(b.xyxy).round(3).tolist(), values.tolist()) if label in number]
 
 # %% ../notebooks/api/21_metrics.ipynb #match-one
 IOUS, RECALLS = np.linspace(.5, .95, 10), np.linspace(0, 1, 101)  # where COCO measures
@@ -210,9 +211,10 @@ def bootstrap(
     if any(m.pictures != first.pictures or not np.array_equal(m.boxes, first.boxes) for m in matched):
         raise WrongCall('these detectors were not scored on the same truth; match each with the same pictures and boxes')
     n, values = len(first.pictures), np.zeros((len(matched), resamples, 2))
-    step = max(1, 1_000_000 // max([1, *(len(picture) for m in matched for picture, _, _ in m.found)]))  # bounds memory
+    if not n: return values * np.nan
+    step = max(1, 1_000_000 // max([n, *(len(picture) for m in matched for picture, _, _ in m.found)]))  # bounds memory
     for i in tqdm(range(0, resamples, step), desc='resampling', delay=2):
-        weights = rng.multinomial(n, np.full(n, 1 / max(n, 1)), min(step, resamples - i)).astype(np.int32)
+        weights = rng.multinomial(n, np.full(n, 1 / n), min(step, resamples - i)).astype(np.int32)
         for value, m in zip(values, matched): value[i:i + step] = m.scores(weights)
     return values
 

@@ -238,14 +238,18 @@ class Reading(Naming):
         records,       # of (row or id, record)
         file: str,     # the annotation file, relative to the source
         picture: str,  # whose boxes they are, relative to the source; '' where that is not known
+        mended: dict = {},  # row as text → letter, of records that a person replaced before it was known whose they are
     ) -> tuple:        # (list of ((row or id, record, its letter where a person replaced it), edges, class name, crowd), letters)
         "The boxes of one picture."
         good, bad = [], []
         for row, record in records:
-            letter, box = None, None
+            letter, box, fault = mended.get(str(row)), None, None
             try: box = parse(record)
-            except Fault as e: letter = Letter(e.code, 'box', self.name, file, row, e.detail, record, picture=picture)
-            if letter: box = self.patches.decide(letter, parse)
+            except Fault as e: fault = e
+            if fault and letter: box = self.patches.failed(letter, fault)
+            elif fault:
+                letter = Letter(fault.code, 'box', self.name, file, row, fault.detail, record, picture=picture)
+                box = self.patches.decide(letter, parse)
             if isinstance(box, Letter): bad.append(box)
             elif box: good.append(((row, record, letter), *box))
         return good, bad

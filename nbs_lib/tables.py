@@ -211,7 +211,7 @@ def _tables(reading, files, rows, level, options):
 
 # %% ../notebooks/api/09_tables.ipynb #table
 def _table(reading, path, rows, level, options):
-    groups, sizes, file = Spool(), [], reading.tree.relative(path)
+    groups, sizes, mended, file = Spool(), [], {}, reading.tree.relative(path)
     def key(record):
         if isinstance(record, Fault): raise record
         need(record, *(c for k, c in options.fields if k == 'picture'))
@@ -224,21 +224,25 @@ def _table(reading, path, rows, level, options):
     try:
         for row, record in tqdm(rows(path), path.name, unit='', delay=2):
             plain = record.text if isinstance(record, Fault) else record
-            found = reading.attempt(lambda r: (key(record if r is plain else r), r), plain, level, file, row)
-            if not isinstance(found, tuple): yield found; continue
+            try: found = key(record), record
+            except Fault as e:
+                letter = Letter(e.code, level, reading.name, file, row, e.detail, plain)
+                found = reading.patches.decide(letter, lambda r: (key(r), r))
+                if not isinstance(found, tuple): yield found; continue
+                mended[str(row)] = letter
             groups.add(found[0] or f'\0{row}', row, found[1])
             if len(sizes) < 1000: sizes += _coordinates(row, found[1], options)
     except Fault as e: return (yield reading.letter(e.code, 'file', path, e.detail))
     share = options.unit == 'share' or options.unit is None and bool(sizes) and float(np.nanmedian(np.abs(sizes))) <= 1
     seen = set()
-    for key in [*groups.keys()]: yield from _group(reading, path, groups.of(key), options, share, seen)
+    for key in [*groups.keys()]: yield from _group(reading, path, groups.of(key), options, share, seen, mended)
 
 def _coordinates(row, record, options):
     try: return [float(v) for _, o in objects_of(row, record, options) for v in edges_of(o, options)]
     except Fault: return []
 
 # %% ../notebooks/api/09_tables.ipynb #group
-def _group(reading, path, records, options, share, seen):
+def _group(reading, path, records, options, share, seen, mended):
     "The sample of one picture, or its letter, after the letters of its boxes."
     tree, file, (row, first) = reading.tree, reading.tree.relative(path), records[0]
     columns = columns_of(tuple(first), options.fields)
@@ -250,7 +254,7 @@ def _group(reading, path, records, options, share, seen):
     if picture is None:
         with suppress(Fault): objects = _objects(records, options)  # as many as can be counted
     where = tree.relative(picture) if picture and data is None else ''
-    good, bad = reading.boxes(parse, objects, file, where)
+    good, bad = reading.boxes(parse, objects, file, where, mended)
     yield from bad
     if picture is None: return (yield replace(found, boxes=len(good)))
     stated = tuple(first.get(columns.get(k)) for k in ('width', 'height'))

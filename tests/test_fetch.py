@@ -364,7 +364,7 @@ def coco(server):
     images[10]["coco_url"] = images[9]["coco_url"]
     for i, fault in {0: status(503), 6: status(404), 7: page, 8: too_short, 9: half}.items(): server.faults[f"/{i:012}.jpg"] = [fault]
     server.faults["/000000000011.jpg"] = [status(302, Location="file:///etc/hostname")]
-    boxes = [dict(id=1000 + i, image_id=im["id"], category_id=18, bbox=[4, 4, 20, 20], area=400, iscrowd=int(i == 9)) for i, im in enumerate(images)]
+    boxes = [dict(id=1000 + i, image_id=im["id"], category_id=18, bbox=[4, 4, 20, 20], area=400, iscrowd=int(i == 1)) for i, im in enumerate(images)]
     images.append(dict(id=5, file_name="cat.jpg", width=64, height=48, coco_url=f"{server.url}/cat.jpg"))
     boxes += [dict(id=2000, image_id=5, category_id=17, bbox=[1, 1, 9, 9]), dict(id=2001, image_id=100, category_id=17, bbox=[1, 1, 9, 9])]
     content = dict(info=dict(year=2017), licenses=[dict(id=3)], images=images, annotations=boxes,
