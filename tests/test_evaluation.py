@@ -120,7 +120,8 @@ def made(pairs):
     samples, detections = [], []
     for i, (true, found, brightness, source) in enumerate(pairs):
         xyxy, label, crowd = unzip(true)
-        samples.append(Sample(Path(f"{i}.jpg"), Boxes(xyxy, label, crowd=crowd), source=source, file=f"{source}/{i}\udcff.jpg", row=i + 1, brightness=brightness))
+        samples.append(Sample(Path(f"{i}.jpg"), Boxes(xyxy, label, crowd=crowd), source=source,
+                              file=f"{source}/{i}\udcff.jpg", row=i + 1, brightness=brightness))
         detections.append(Boxes(*unzip(found)))
     return samples, detections
 
