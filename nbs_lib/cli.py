@@ -153,7 +153,6 @@ def _letters(file, context):
     "The letters of the file that was named, before or after the subcommand, else the pipeline's."
     return Letters(file or context.parent.params.get('file') or workspace()/'data/interim/dead_letters.jsonl')
 def _line(l): return f"{l.id}  {l.code}  {l.source}/{l.file}{'' if l.row is None else f' #{l.row}'}: {l.detail}"
-def _json(l): return json.dumps(dict(id=l.id, **vars(l)))
 
 @letters_app.callback(invoke_without_command=True)
 def letters(
@@ -171,7 +170,7 @@ def letters(
     places = found.where(code, source)
     if as_json:
         print('[', end='')
-        for n, i in enumerate(places): print((',\n' if n else '') + _json(found[i]), end='')
+        for n, i in enumerate(places): print((',\n' if n else '') + json.dumps(found[i].as_dict()), end='')
         return print(']')
     for (name, where), n in found.counts().items():
         if code in (None, name) and source in (None, where): print(f'{n:8}  {name:22} {where}')
@@ -196,7 +195,7 @@ def show(
     seen = look(letter, root, origins(interim))
     history = read_history(interim.parent/'history/letters.sqlite', letter.id)
     if png: _draw(seen, png)
-    if as_json: return print(json.dumps(dict(id=letter.id, **vars(letter), path=seen.path and str(seen.path), kept=len(seen.kept), history=history)))
+    if as_json: return print(json.dumps(dict(**letter.as_dict(), path=seen.path and str(seen.path), kept=len(seen.kept), history=history)))
     print(f'{letter.id}  {letter.code}: {CODES[letter.code]}\nwhere    {letter.source}/{letter.file}' + ('' if letter.row is None else f' #{letter.row}'))
     print(f"found    {letter.detail}\nrecord   {json.dumps(letter.record, ensure_ascii=False)}")
     print(f"picture  {seen.path or letter.picture or 'not known'}" + (f', {seen.image.width}×{seen.image.height} pixels' if seen.image else ''))
@@ -254,10 +253,10 @@ def redrive(
     home, p = workspace(), section_of('ingest')
     with redirect_stdout(sys.stderr):
         seen = redrive(home/'data/interim/dead_letters.jsonl', home/'data/cache/pictures', Patches(home/'data/patches.jsonl'), **{**p, 'root': home/p['root']})
-    before, now = ({code: sum(n for (c, _), n in l.counts().items() if c == code) for code in {c for c, _ in l.counts()}} for l in (seen.before, seen.now))
+    before, now = (dict(letters.sums(0)) for letters in (seen.before, seen.now))
     solved, new = ([letters[i] for i in places] for letters, places in ((seen.before, seen.solved[:limit]), (seen.now, seen.new[:limit])))
     if as_json:
-        rows = dict(solved=[json.loads(_json(l)) for l in solved], new=[json.loads(_json(l)) for l in new])
+        rows = dict(solved=[l.as_dict() for l in solved], new=[l.as_dict() for l in new])
         return print(json.dumps(dict(before=before, now=now, gone=len(seen.solved), come=len(seen.new), patches=seen.patches, **rows)))
     for code in sorted(before | now): print(f'{before.get(code, 0):8} → {now.get(code, 0):<8} {code}')
     for sign, found, n in (('-', solved, len(seen.solved)), ('+', new, len(seen.new))):

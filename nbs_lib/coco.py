@@ -24,14 +24,15 @@ from .stream import Spool, stream_json
 COMPANIONS = re.compile(r'(captions|person_keypoints|image_info|stuff|panoptic)_')
 
 def coco_files(
-    tree: Tree, # the source
-) -> list:      # of paths
-    "The annotation files of a source: JSON that lists images, or no JSON at all; not COCO's files on the same pictures that hold no boxes of their own."
-    return [f for f in tree.endswith('.json') if not COMPANIONS.match(f.name) and _lists_images(f)]
+    tree: Tree,           # the source
+    broken: bool = True,  # with those that are no JSON at all, so that somebody is told
+) -> list:                # of paths
+    "The annotation files of a source: JSON that lists images; not COCO's files on the same pictures that hold no boxes of their own."
+    return [f for f in tree.endswith('.json') if not COMPANIONS.match(f.name) and _lists_images(f, broken)]
 
-def _lists_images(path):
+def _lists_images(path, broken):
     try: return any(key == 'images' for key, _, _ in stream_json(path))
-    except Fault: return True  # so that somebody is told
+    except Fault: return broken
 
 # %% ../notebooks/api/06_coco.ipynb #read-coco
 def read_coco(
@@ -60,9 +61,7 @@ def _coco_file(reading, path):
     for row, category, fault in classes.faults: yield reading.patches.decide(Letter(fault.code, 'file', reading.name, file, row, fault.detail, category))
     pictures, parse, seen, mended = _Pictures(reading, path, images), partial(_coco_box, classes=classes), set(), {}
     for row, a in (r for id in [*boxes.keys()] if id not in pictures.ids for r in boxes.of(id)):
-        try: _known(a, pictures.ids, parse)
-        except Fault as e: letter = Letter(e.code, 'box', reading.name, file, _row(a, row), e.detail, a)
-        a = reading.patches.decide(letter, partial(_known, ids=pictures.ids, parse=parse))
+        a, letter = reading.tried(partial(_known, ids=pictures.ids, parse=parse), a, 'box', file, _row(a, row))
         if isinstance(a, dict): boxes.add(_id(a, 'image_id'), row, a); mended[str(_row(a, row))] = letter
         else: yield a
     for row, im, outcome in pictures:

@@ -22,12 +22,8 @@ from .yolo import class_lists, label_of, read_yolo, write_yolo
 
 # %% ../notebooks/api/10_formats.ipynb #evidence
 def _coco_evidence(tree):
-    files = [f for f in coco_files(tree) if _says_images(f)]
+    files = coco_files(tree, broken=False)
     return files, (i.get('file_name') for f in files for key, _, i in stream_json(f) if key == 'images' and isinstance(i, dict))
-
-def _says_images(path):
-    try: return any(key == 'images' for key, _, _ in stream_json(path))
-    except Fault: return False
 
 def _voc_evidence(tree):
     files = [f for f in tree.endswith('.xml') if re.search(rb'<annotation[\s>]', _head(f))]

@@ -228,11 +228,6 @@ class Panel(widgets.HBox):
         try: do()
         except (WrongCall, OSError) as e: self.status.value = f'<div class="nbs-wrong">{_html(e)}</div>'
 
-def _sums(letters, key):
-    count = Counter()
-    for kind, n in letters.counts().items(): count[kind[key]] += n
-    return count
-
 def _line(first, text):
     return widgets.HBox([first, widgets.HTML(text, layout=dict(flex='1', min_width='0', height='24px', margin='0 0 0 10px'))]).add_class('nbs-line')
 
@@ -252,7 +247,7 @@ class Review(Paged):
         for i, line in enumerate(self.lines): line.children[0].on_click(lambda _, i=i: self.panel.attempt(lambda: self.select(i)))
         head = [_row(columns, names, 'nbs-head') for columns, names in (('1fr', ['letter']), (_COLUMNS, ['code', 'where', 'what was found', 'decision']))]
         content = [_line(widgets.HTML(head[0], layout=_NARROW), head[1]), self.table, self.panel]
-        super().__init__(_PAGE, dict(code=_counted('code', _sums(letters, 0)), source=_counted('source', _sums(letters, 1))), content)
+        super().__init__(_PAGE, dict(code=_counted('code', letters.sums(0)), source=_counted('source', letters.sums(1))), content)
 
     def chosen(self): return self.letters.where(*(box.value or None for box in self.choices.values()))
 

@@ -221,8 +221,13 @@ class Reading(Naming):
         row=None,       # row or id
         **about,        # `boxes` and `picture` of a letter
     ):                  # what `parse` made of the record or of its replacement, a letter, or None where a person dropped it
-        try: return parse(record)
-        except Fault as e: return self.patches.decide(Letter(e.code, level, self.name, file, row, e.detail, record, **about), parse)
+        return self.tried(parse, record, level, file, row, **about)[0]
+
+    def tried(self, parse, record, level, file, row=None, **about):
+        "(what `attempt` gives, the letter where there was a fault, whatever a person decided on it)"
+        try: return parse(record), None
+        except Fault as e: letter = Letter(e.code, level, self.name, file, row, e.detail, record.text if isinstance(record, Fault) else record, **about)
+        return self.patches.decide(letter, parse), letter
 
     def letter(self,
         code: str,      # key of `CODES`
@@ -243,13 +248,10 @@ class Reading(Naming):
         "The boxes of one picture."
         good, bad = [], []
         for row, record in records:
-            letter, box, fault = mended.get(str(row)), None, None
-            try: box = parse(record)
-            except Fault as e: fault = e
-            if fault and letter: box = self.patches.failed(letter, fault)
-            elif fault:
-                letter = Letter(fault.code, 'box', self.name, file, row, fault.detail, record, picture=picture)
-                box = self.patches.decide(letter, parse)
+            if letter := mended.get(str(row)):
+                try: box = parse(record)
+                except Fault as e: box = self.patches.failed(letter, e)
+            else: box, letter = self.tried(parse, record, 'box', file, row, picture=picture)
             if isinstance(box, Letter): bad.append(box)
             elif box: good.append(((row, record, letter), *box))
         return good, bad

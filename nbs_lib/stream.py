@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from .deadletter import Fault
+from .deadletter import Fault, as_bytes
 
 # %% ../notebooks/api/04_stream.ipynb #stream-json
 LONGEST, SPACE, DECODER = 1 << 26, re.compile(r'[ \t\n\r]*'), json.JSONDecoder()  # characters of one record
@@ -176,7 +176,7 @@ class Spool:
         row: object,     # row or id of the record
         record: object,  # anything JSON can hold
     ):
-        self.new.append((_bytes(key), json.dumps(row), json.dumps(record)))
+        self.new.append((as_bytes(key), json.dumps(row), json.dumps(record)))
         if len(self.new) == 10_000: self._flush()
 
     def _flush(self):
@@ -192,11 +192,10 @@ class Spool:
         key: str,
     ):  # list of (row, record)
         self._ready()
-        return [(json.loads(row), json.loads(r)) for row, r in self.db.execute('SELECT row, record FROM records WHERE key = ? ORDER BY rowid', (_bytes(key),))]
+        found = self.db.execute('SELECT row, record FROM records WHERE key = ? ORDER BY rowid', (as_bytes(key),))
+        return [(json.loads(row), json.loads(record)) for row, record in found]
 
     def keys(self):
         "Every key once, in the order of its first record."
         self._ready()
         for key, in self.db.execute('SELECT key FROM records GROUP BY key ORDER BY min(rowid)'): yield key.decode('utf-8', 'surrogatepass')
-
-def _bytes(text): return text.encode('utf-8', 'surrogatepass')

@@ -223,13 +223,9 @@ def _table(reading, path, rows, level, options):
         return '' if 'id' in dict(options.fields) else name  # a record with an id is a picture of its own
     try:
         for row, record in tqdm(rows(path), path.name, unit='', delay=2):
-            plain = record.text if isinstance(record, Fault) else record
-            try: found = key(record), record
-            except Fault as e:
-                letter = Letter(e.code, level, reading.name, file, row, e.detail, plain)
-                found = reading.patches.decide(letter, lambda r: (key(r), r))
-                if not isinstance(found, tuple): yield found; continue
-                mended[str(row)] = letter
+            found, letter = reading.tried(lambda r: (key(r), r), record, level, file, row)
+            if not isinstance(found, tuple): yield found; continue
+            if letter: mended[str(row)] = letter
             groups.add(found[0] or f'\0{row}', row, found[1])
             if len(sizes) < 1000: sizes += _coordinates(row, found[1], options)
     except Fault as e: return (yield reading.letter(e.code, 'file', path, e.detail))
