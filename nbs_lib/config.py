@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WrongCall', 'nearest', 'workspace', 'cores', 'replacing', 'write_json', 'read_json', 'read_yaml', 'parse_yaml',
            'write_yaml', 'coerce', 'environment', 'overlay', 'apply_environment', 'Params', 'params', 'check_sections',
-           'run_id', 'destination']
+           'tracking_uri', 'experiment_name', 'run_id', 'destination']
 
 # %% ../notebooks/api/00_config.ipynb #imports
 import ast, difflib, json, os, re, shutil, threading
@@ -264,6 +264,17 @@ def check_sections(
     for name in read_yaml(path) or {}:
         if name not in declared: raise WrongCall(f"{path.name} has a section {name!r}, which no stage reads.{nearest(name, declared)}")
     for name, keys in declared.items(): _same_keys(name, _section(name, path), keys, path)
+
+# %% ../notebooks/api/00_config.ipynb #tracking
+def tracking_uri(
+    folder: Path,  # of the embedded store
+) -> str:          # as MLflow has it
+    "The tracking store: what MLFLOW_TRACKING_URI says, else the embedded one."
+    return os.environ.get('MLFLOW_TRACKING_URI') or f"sqlite:///{Path(folder).resolve()/'mlflow.db'}"
+
+def experiment_name() -> str:
+    "The experiment of all trainings: what MLFLOW_EXPERIMENT_NAME says, else the name of the workspace's folder."
+    return os.environ.get('MLFLOW_EXPERIMENT_NAME') or workspace().name
 
 # %% ../notebooks/api/00_config.ipynb #run-id
 def run_id() -> str: # e.g. 20250131-120000-4711
