@@ -239,7 +239,7 @@ def _show_draws(ax, draws, low, high, tolerance):
     ax.axvline(0, color='black', linewidth=.8, label='no difference')
     ax.axvline(-tolerance, color='firebrick', linestyle='dashed', label='−tolerance')
     ax.set(xlabel='map of the candidate − map of the champion', ylabel='draws of the pictures', yticks=[]); ax.tick_params(labelsize=7)
-    ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(.5, 1.12), ncols=3, frameon=False)
+    ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3, frameon=False)
 
 # %% ../notebooks/api/04_draw.ipynb #show-changes
 def _show_changes(ax, rows, of, first):
@@ -249,9 +249,10 @@ def _show_changes(ax, rows, of, first):
     ax.hlines(y, old, new, colors=np.where(new < old, 'firebrick', 'seagreen'), linewidth=2)
     if not first: ax.plot(old, y, 'o', color='white', markeredgecolor='black', markersize=6, label='champion', clip_on=False)
     ax.plot(new, y, 'o', color='steelblue', markersize=6, label='candidate', clip_on=False)
+    if (low := new < floor).any(): ax.plot(new[low], np.flatnonzero(low), 'o', color='firebrick', markersize=6, label='below its floor', clip_on=False)
     ax.plot(floor, y, '|', color='black', markersize=11, markeredgewidth=1.5, label='floor', clip_on=False)
     ax.set(yticks=y, xlim=(0, 1), ylim=(-.7, max(len(rows), 1) - .3), xlabel='map' if len(rows) == of else f'map, {len(rows)} of {of} classes')
     ax.set_yticklabels([n if len(n) <= 20 else f'{n[:19]}…' for n in rows], fontsize=7, parse_math=False); ax.tick_params(axis='x', labelsize=7)
     ax.grid(axis='x', linewidth=.4)
-    if rows: ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3, frameon=False)
+    if rows: ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), ncols=4, frameon=False)
     else: ax.text(.5, .5, 'not judged', ha='center', va='center', transform=ax.transAxes)

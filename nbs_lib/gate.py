@@ -7,6 +7,7 @@ __all__ = ['Rules', 'Side', 'Decision', 'weigh', 'compare']
 
 # %% ../notebooks/api/33_gate.ipynb #imports
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -86,21 +87,20 @@ def _floor(name, classes, rules):
 def _reasons(n):
     "The rules that numbers do not meet, in words."
     rules, classes, by_class = n['settings'], n['classes'], n['by_class']
-    learned = ', '.join(f"{'unknown' if v is None else v} by the {k}" for k, v in n['left_out'].items())
-    few = n['pictures'] < rules['min_pictures']
-    if few: yield f"{n['pictures']} of {n['of']} pictures are left to judge on, gate.min_pictures is {rules['min_pictures']}; seen in training: {learned}"
-    person = 'unless a person promotes it with a why (`nbs promote`)'
-    if not n['first'] and not classes['shared']: yield f"knows none of the champion's classes ({_listed(classes['removed'])}), {person}"
-    elif classes['removed']: yield f"does not know {_listed(classes['removed'])}, which the champion knows, {person}"
+    person, few = 'a person may promote it with a why (`nbs promote`)', n['pictures'] < rules['min_pictures']
+    seen = ', '.join(f"{k} {'unknown' if v is None else v}" for k, v in n['left_out'].items())
+    if few: yield f"{n['pictures']} of {n['of']} pictures are left to judge on, gate.min_pictures is {rules['min_pictures']}; seen in training: {seen}"
+    if not n['first'] and not classes['shared']: yield f"knows none of the champion's classes, {_listed(classes['removed'])}: {person}"
+    elif classes['removed']: yield f"does not know {_listed(classes['removed'])}, which the champion knows: {person}"
     if few: return
-    if n['difference'] is None and (n['first'] and n['map']['candidate'] is None or classes['shared']):
-        yield f"the {n['pictures']} pictures have too few boxes to judge by"
-    elif n['first'] and n['map']['candidate'] < rules['min_map'] or not n['first'] and classes['shared'] and n['low'] < -rules['tolerance']: yield _account(n)
+    if account := _account(n):
+        if n['map']['candidate'] < rules['min_map'] if n['first'] else n['low'] < -rules['tolerance']: yield account
+    elif n['first'] or classes['shared']: yield f"the {n['pictures']} pictures have too few boxes to judge by"
     low = {k: f"{k} {v['candidate']:.3f} (least {v['floor']:.3f})" for k, v in by_class.items() if v['candidate'] is not None and v['candidate'] < v['floor']}
     if old := [v for k, v in low.items() if k not in classes['new']]: yield f'classes below their floor: {_listed(old)}'
     if new := [v for k, v in low.items() if k in classes['new']]: yield f'new classes below gate.min_new_class: {_listed(new)}'
     unshown = [k for k in classes['not_judged'] if k in classes['new'] or k in rules['floors']]
-    if unshown: yield f"no box to judge by of {_listed(unshown)}, which must be judged as new or named in gate.floors"
+    if unshown: yield f"no box to judge by of {_listed(unshown)}: a new class, or one that gate.floors names, must be judged"
 
 def _listed(names): return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
 
@@ -127,16 +127,16 @@ class Decision:
     def as_dict(self): return dict(promoted=self.promoted, reasons=self.reasons, **self.numbers)
 
     def __str__(self):
-        skipped = self.numbers['classes']['not_judged']
-        said = [_account(self.numbers), *self.reasons, skipped and f'not judged for want of boxes: {_listed(skipped)}']
+        account, skipped = _account(self.numbers), self.numbers['classes']['not_judged']
+        said = [account, *self.reasons, account and skipped and f'not judged for want of boxes: {_listed(skipped)}']
         return f"{'passed' if self.promoted else 'refused'}: {'; '.join(dict.fromkeys(filter(None, said)))}"
 
 # %% ../notebooks/api/33_gate.ipynb #weigh
 def weigh(
     samples: list,    # of Sample, the truth; file names as in `Side.seen`
     names: list,      # their class names
-    champion: Side,   # None: there is none yet
-    candidate: Side,
+    champion: Side,   # the detector in use; None: there is none yet
+    candidate: Side,  # the detector that may follow
     rules: Rules,
 ) -> Decision:
     "Judge a candidate. Raises `WrongCall` where `floors` names a class that neither model knows, before anything is predicted."
@@ -145,7 +145,7 @@ def weigh(
     if wrong := [k for k in rules.floors if k not in known]:
         raise WrongCall(f'gate.floors names {wrong[0]!r}, a class that no model here knows.{nearest(wrong[0], known)}')
     whole, (kept, left_out) = list(dict.fromkeys([*known, *names])), _unseen(samples, sides)
-    boxes = {n: sum(int(((s.boxes.label == n) & ~s.boxes.is_crowd).sum()) for s in kept) for n in whole}
+    boxes = Counter(label for s in kept for label in s.boxes.label[~s.boxes.is_crowd].tolist())
     classes, enough = _classes(sides, names, boxes), len(kept) >= rules.min_pictures
     matched = {k: match_coco(*coco_form(kept, s.find(kept), whole)) for k, s in sides.items()} if enough else {}
     row, score = {n: i for i, n in enumerate(whole)}, lambda side, rows: _scores(matched[side], rows) if enough else (None, None)
@@ -175,7 +175,7 @@ def compare(
     min_new_class: float,  # least map of a class that the champion does not know, in place of `floor`
     bootstrap: int,        # resamples behind the interval
 ) -> Decision:
-    "Judge a candidate on pictures that no side learned from. Raises `WrongCall` for what is out of range, unknown, or does not load, before anything is predicted."
+    "Judge a candidate. Raises `WrongCall` for a setting out of its range, a part, class or bundle that is not there, before anything is predicted."
     rules, how = Rules(tolerance, min_map, floor, floors, min_pictures, min_new_class, bootstrap), _how(predicting)
     file = Path(tree)/f"{how['part']}.json"
     samples, names, _ = load_coco(file, Path(tree)/'images'/how['part'])
