@@ -137,7 +137,7 @@ def weigh(
     names: list,      # their class names
     champion: Side,   # the detector in use; None: there is none yet
     candidate: Side,  # the detector that may follow
-    rules: Rules,
+    rules: Rules,     # what the candidate must meet
 ) -> Decision:
     "Judge a candidate. Raises `WrongCall` where `floors` names a class that neither model knows, before anything is predicted."
     sides = {k: s for k, s in dict(champion=champion, candidate=candidate).items() if s}
