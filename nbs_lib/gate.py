@@ -98,7 +98,7 @@ def _reasons(n):
     elif n['first'] or classes['shared']: yield f"the {n['pictures']} pictures have too few boxes to judge by"
     low = {k: f"{k} {v['candidate']:.3f} (least {v['floor']:.3f})" for k, v in by_class.items() if v['candidate'] is not None and v['candidate'] < v['floor']}
     if old := [v for k, v in low.items() if k not in classes['new']]: yield f'classes below their floor: {_listed(old)}'
-    if new := [v for k, v in low.items() if k in classes['new']]: yield f'new classes below gate.min_new_class: {_listed(new)}'
+    if new := [v for k, v in low.items() if k in classes['new']]: yield f'new classes below their floor: {_listed(new)}'
     unshown = [k for k in classes['not_judged'] if k in classes['new'] or k in rules['floors']]
     if unshown: yield f"no box to judge by of {_listed(unshown)}: a new class, or one that gate.floors names, must be judged"
 
