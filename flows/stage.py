@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from flows.reaper import find, gone, marked, reap
-from nbs_lib.config import WrongCall, check_sections, environment, nearest
+from nbs_lib.config import COMMANDS, WrongCall, check_sections, environment, nearest
 from nbs_lib.tracking import link
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +37,10 @@ def stage_notebooks():
 
 
 def check_params(stages):
-    "Refuse a params.yaml with a section or key that no stage knows, before the first stage has run for nothing."
+    "Refuse a params.yaml with a section or key that no stage and no command knows, before the first stage has run for nothing."
     import papermill
     try:
-        check_sections({name: list(papermill.inspect_notebook(path)) for name, path in stages.items()}, path=ROOT/"params.yaml")
+        check_sections({name: list(papermill.inspect_notebook(path)) for name, path in stages.items()} | COMMANDS, path=ROOT/"params.yaml")
         differs = environment(path=ROOT/"params.yaml")
     except WrongCall as error: refuse(str(error))
     if differs and "DVC_STAGE" in os.environ:

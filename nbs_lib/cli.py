@@ -14,11 +14,14 @@ from typing import Annotated
 import typer
 from .config import (WrongCall, apply_environment, environment, nearest, overlay, params as section_of, parse_yaml, read_json, read_yaml,
                             workspace, write_json)
+from .cli_models import models_app
 from .deadletter import CODES, Letters, Patches, read_history, replaceable, write_patch
 
 # %% ../notebooks/api/40_cli.ipynb #app
 app = typer.Typer(help='Detect objects in pictures: what came in, what was rejected, how good it is.', no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)
+
+app.add_typer(models_app)
 
 @app.callback()
 def _app(): pass
