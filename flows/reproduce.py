@@ -18,7 +18,8 @@ def attached(uri, run_id, folder):
         there = {a.path for a in connect(uri).list_artifacts(run_id)}
         for name in ("params.yaml", "dvc.lock", "reports", "code.patch"):
             if name in there: mlflow().artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=uri)
-    if missing := {"params.yaml", "dvc.lock", "reports"} - there: raise WrongCall(f"run {run_id} keeps no {' and no '.join(sorted(missing))}: it was never published")
+    missing = sorted({"params.yaml", "dvc.lock", "reports"} - there)
+    if missing: raise WrongCall(f"run {run_id} keeps no {' and no '.join(missing)}: it was never published")
 
 
 def git(folder, *words):
@@ -36,7 +37,7 @@ def lay_out(tags, kept, folder):
     git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(folder))
     git(folder, "checkout", "--quiet", "--detach", commit)
     if tags.get("nbs.dirty") == "true":
-        if not (kept/"code.patch").is_file(): raise WrongCall(f"the code had changes that commit {commit[:12]} does not hold, too many to keep: it cannot be made again")
+        if not (kept/"code.patch").is_file(): raise WrongCall(f"the code had more changes over commit {commit[:12]} than were kept: it cannot be made again")
         git(folder, "apply", "--whitespace=nowarn", str(kept/"code.patch"))
     for name in ("params.yaml", "dvc.lock"): shutil.copyfile(kept/name, folder/name)
 
@@ -45,8 +46,8 @@ def dvc(folder, *words, quiet=False):
     "Run DVC in the folder, with its own library and its own tracking store; whether it went well."
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    out = subprocess.DEVNULL if quiet else sys.stderr
-    return not subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env={**clean, "PATH": path, "PYTHONPATH": str(folder)}, stdout=out, stderr=out).returncode
+    env, out = {**clean, "PATH": path, "PYTHONPATH": str(folder)}, subprocess.DEVNULL if quiet else sys.stderr
+    return not subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env=env, stdout=out, stderr=out).returncode
 
 
 def bring_data(folder):
@@ -98,7 +99,8 @@ def main():
     parser.add_argument("--folder", type=Path, default=None, help="to work in, made anew; default: one in data/cache")
     parser.add_argument("--json", action="store_true", help="print JSON for a program")
     args = parser.parse_args()
-    try: done = reproduce(args.version, args.model or params("publish")["model"], args.noise, (args.folder or ROOT/f"data/cache/reproduce/{args.version}").resolve())
+    folder = (args.folder or ROOT/f"data/cache/reproduce/{args.version}").resolve()
+    try: done = reproduce(args.version, args.model or params("publish")["model"], args.noise, folder)
     except (WrongCall, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         sys.exit(2)

@@ -105,11 +105,11 @@ def _stages(made):
 def _attach(client, run, made, told):
     "Give a run all that it lacks."
     entities, id, sections = mlflow().entities, run.info.run_id, read_yaml(made.params)
-    params = {k: v for s in sections if s not in ('evaluate', 'publish', 'gate') for k, v in flat(s, sections[s]).items() if k not in run.data.params}
+    made_it = {k: v for s in sections if s not in ('evaluate', 'publish', 'gate') for k, v in flat(s, sections[s]).items()}
     without = [s for s in ('train', 'evaluate') if s not in made.executed]
-    tags = _stages(made) | {'nbs.model': told['model']['tensors'], 'mlflow.note.content': _note(told, without), 'nbs.not_executed': ', '.join(without) or 'none'}
-    batches = dict(metrics=list(_lacking(client, run, told)), params=[entities.Param(k, v) for k, v in params.items()],
-                   tags=[entities.RunTag(k, v) for k, v in tags.items()])
+    tags = {'nbs.model': told['model']['tensors'], 'mlflow.note.content': _note(told, without), 'nbs.not_executed': ', '.join(without) or 'none'}
+    batches = dict(metrics=list(_lacking(client, run, told)), params=[entities.Param(k, v) for k, v in made_it.items() if k not in run.data.params],
+                   tags=[entities.RunTag(k, v) for k, v in (_stages(made) | tags).items()])
     for kind, rows in batches.items():
         for i in range(0, len(rows), 100): client.log_batch(id, **{kind: rows[i:i + 100]})
     for place, file in made.files().items(): client.log_artifact(id, str(file), str(Path(place).parent) if '/' in place else None)
