@@ -139,11 +139,11 @@ def champion(
 def _settled(client, name):
     "The registered model when history and alias agree, or after two seconds in which neither moved."
     seen = []
-    while len(seen) < 11:
+    for _ in range(300):
         model = _ask(client, 'get_registered_model', name)
         entries, alias = _entries(model), _alias(model)
         key = max(entries, default=None)
-        if alias == (entries[key]['version'] if key else None): break
+        if alias == (entries[key]['version'] if key else None) or len(seen) > 10: break
         if seen and seen[-1] != (key, alias): seen = []
         seen.append((key, alias)); time.sleep(.2)
     return model
@@ -331,9 +331,10 @@ def lineage(
         mend = f'; `mlflow runs restore --run-id {v.run_id}` brings it back' if run else ''
         raise WrongCall(f'the run {v.run_id} that trained version {v.version} of {name!r} was deleted{mend}')
     tags, files = run.data.tags, _ask(client, 'list_artifacts', v.run_id, 'notebooks')
-    starting = lambda prefix, tags: {k.removeprefix(prefix): t for k, t in sorted(tags.items()) if k.startswith(prefix)}
+    stages = {k.removeprefix('nbs.stage.'): t for k, t in sorted(tags.items()) if k.startswith('nbs.stage.')}
     return dict(name=name, version=v.version, aliases=v.aliases, created=v.created, model_id=v.model_id, bundle=v.tags.get('nbs.bundle'), run_id=v.run_id,
                 started=_iso(run.info.start_time), commit=tags.get('mlflow.source.git.commit'), dirty=tags.get('nbs.dirty') == 'true',
-                data=tags.get('nbs.data'), params=dict(sorted(run.data.params.items())), stages=starting('nbs.stage.', tags),
+                data=tags.get('nbs.data'), params=dict(sorted(run.data.params.items())), stages=stages,
                 notebooks=sorted(f.path for f in files or ()), metrics=dict(sorted(run.data.metrics.items())),
-                promotions=[e for e in history(client, name) if e['version'] == v.version], gate={k: t for k, t in sorted(v.tags.items()) if k.startswith('gate')})
+                promotions=[e for e in history(client, name) if e['version'] == v.version],
+                gate={k: t for k, t in sorted(v.tags.items()) if k.startswith('gate')})
