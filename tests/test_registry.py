@@ -265,19 +265,20 @@ def deleted(client): client.delete_registered_model_alias("detector", "champion"
 def lost(client): client.delete_model_version("detector", "2")
 
 
-@pytest.mark.parametrize("behind, says", [(moved, "names version 1"), (deleted, "is gone"), (lost, "is gone")])
-def test_an_alias_behind_our_back(client, nbs, behind, says):
+@pytest.mark.parametrize("behind, says, commands", [
+    (moved, "names version 1", [("history",)]), (lost, "is gone", [("rollback", "--why", "x")]),
+    (deleted, "is gone", [("history", "--json"), ("rollback", "--why", "x"), ("lineage", "champion")])])
+def test_an_alias_behind_our_back(client, nbs, behind, says, commands):
     "History and alias disagree: each command says so, nothing changes it but a promotion, which says what it mended."
-    why = "--why", "mended"
     promote(client, "detector", 1, **SAY); promote(client, "detector", 2, **SAY)
     behind(client)
     before = dump(client)
-    for args in (("history", "--json"), ("rollback", *why), ("lineage", "champion")):
+    for args in commands:
         told = nbs(*args, status=2)
         assert "says that version 2 is champion" in told and says in told and "`nbs promote VERSION --why …`" in told
     assert dump(client) == before
     version = 1 if behind == lost else 2
-    assert "(the alias `champion` " in nbs("promote", version, *why) and champion(client, "detector").version == version
+    assert "(the alias `champion` " in nbs("promote", version, "--why", "mended") and champion(client, "detector").version == version
 
 
 def test_an_alias_without_a_history(client, nbs):
