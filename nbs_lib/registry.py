@@ -137,13 +137,13 @@ def champion(
     raise WrongCall(f"{says}, MLflow's alias `{ALIAS}` {f'names version {alias}' if alias else 'is gone'}: `nbs promote VERSION --why …` {mend}")
 
 def _settled(client, name):
-    "The registered model when history and alias agree, or after two seconds in which neither moved."
+    "The registered model when history and alias agree, or after a second in which neither moved."
     seen = []
-    while len(seen) < 11:
+    for _ in range(300):
         model = _ask(client, 'get_registered_model', name)
         entries, alias = _entries(model), _alias(model)
         key = max(entries, default=None)
-        if alias == (entries[key]['version'] if key else None): break
+        if alias == (entries[key]['version'] if key else None) or len(seen) > 5: break
         if seen and seen[-1] != (key, alias): seen = []
         seen.append((key, alias)); time.sleep(.2)
     return model
@@ -199,15 +199,19 @@ def _show(client, name, entries, entry):
     "Tell a switch to whoever looks at MLflow's pages."
     model, rows = _ask(client, 'get_registered_model', name), list(entries.values())[:-21:-1]
     while len(text := _described(model.description or '', rows)) > 5000 and rows: rows.pop()
-    _ask(client, 'update_registered_model', name, description=text)
-    _ask(client, 'set_model_version_tag', name, str(entry['version']), 'promoted', '{when}, by {who}: {why}'.format(**entry))
+    if rows: _ask(client, 'update_registered_model', name, description=text)
+    _ask(client, 'set_model_version_tag', name, str(entry['version']), 'promoted', f"{_short(entry['when'])} UTC, by {entry['who']}: {entry['why']}")
+
+def _short(when): return when[:19].replace('T', ' ')
 
 def _described(before, rows):
-    cell = lambda text, most: re.sub(r'([\\|*_<>`\[\]~#$])', r'\\\1', ' '.join(str(text).split())[:most])
-    line = lambda e: (f"| {e['when'][:19].replace('T', ' ')} | {e['version']} | {e['before'] or '–'} | {e['kind']} "
+    short = lambda text, most: text if len(text) <= most else f'{text[:most - 1]}…'
+    cell = lambda text, most: re.sub(r'([\\|*_<`\[\]~#])', r'\\\1', short(' '.join(text.split()), most))
+    line = lambda e: (f"| {_short(e['when'])} | {e['version']} | {e['before'] or '–'} | {e['kind']} "
                       f"| {cell(e['who'], 40)} | {cell(e['why'], 100)} |\n")
     head = f"{TABLE}\n\n| when (UTC) | version | before | how | who | why |\n|---|---|---|---|---|---|\n"
-    return before.partition(TABLE[:13])[0] + head + ''.join(map(line, rows))
+    own = before.partition(TABLE[:13])[0].rstrip()
+    return (own and f'{own}\n\n') + head + ''.join(map(line, rows))
 
 # %% ../notebooks/api/30_registry.ipynb #stored
 def stored(
@@ -331,9 +335,10 @@ def lineage(
         mend = f'; `mlflow runs restore --run-id {v.run_id}` brings it back' if run else ''
         raise WrongCall(f'the run {v.run_id} that trained version {v.version} of {name!r} was deleted{mend}')
     tags, files = run.data.tags, _ask(client, 'list_artifacts', v.run_id, 'notebooks')
-    starting = lambda prefix, tags: {k.removeprefix(prefix): t for k, t in sorted(tags.items()) if k.startswith(prefix)}
+    stages = {k.removeprefix('nbs.stage.'): t for k, t in sorted(tags.items()) if k.startswith('nbs.stage.')}
     return dict(name=name, version=v.version, aliases=v.aliases, created=v.created, model_id=v.model_id, bundle=v.tags.get('nbs.bundle'), run_id=v.run_id,
                 started=_iso(run.info.start_time), commit=tags.get('mlflow.source.git.commit'), dirty=tags.get('nbs.dirty') == 'true',
-                data=tags.get('nbs.data'), params=dict(sorted(run.data.params.items())), stages=starting('nbs.stage.', tags),
+                data=tags.get('nbs.data'), params=dict(sorted(run.data.params.items())), stages=stages,
                 notebooks=sorted(f.path for f in files or ()), metrics=dict(sorted(run.data.metrics.items())),
-                promotions=[e for e in history(client, name) if e['version'] == v.version], gate={k: t for k, t in sorted(v.tags.items()) if k.startswith('gate')})
+                promotions=[e for e in history(client, name) if e['version'] == v.version],
+                gate={k: t for k, t in sorted(v.tags.items()) if k.startswith('gate')})
