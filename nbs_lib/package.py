@@ -77,7 +77,7 @@ def _thresholds(bundle): return _limits(read_json(Path(bundle)/'thresholds.json'
 
 def _limits(given, where):
     "Raise `WrongCall` unless these are conf, iou and max_det, each in its range."
-    known = dict(conf=lambda v: 0 <= v <= 1, iou=lambda v: 0 <= v <= 1, max_det=lambda v: v >= 1 and v == int(v))
+    known = dict(conf=lambda v: 0 <= v <= 1, iou=lambda v: 0 <= v <= 1, max_det=lambda v: v >= 1 and v % 1 == 0)
     if not isinstance(given, dict) or set(given) != set(known): raise WrongCall(f"{where}: {', '.join(known)} were expected, not {given!r}")
     for k, fits in known.items():
         if type(given[k]) not in (int, float) or not fits(given[k]): raise WrongCall(f'{where}: {k} cannot be {given[k]!r}')
