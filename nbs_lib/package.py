@@ -69,7 +69,7 @@ class Model:
         for start in range(0, len(pictures), some):
             images = [_picture(i, x) for i, x in enumerate(pictures[start:start + some], start)]
             with self.lock: found = predict(self.detector, images, **limits)
-            rows += [(i, label, score, *xyxy) for i, b in enumerate(found, start) for label, score, xyxy in zip(b.label.tolist(), b.score.tolist(), b.xyxy.tolist())]
+            rows += [(i, *box[:2], *box[2]) for i, b in enumerate(found, start) for box in zip(b.label.tolist(), b.score.tolist(), b.xyxy.tolist())]
         table = pd.DataFrame(rows, columns=list(COLUMNS))
         return table.astype({k: dict(long='int64', string='str', double='float64')[kind] for k, kind in COLUMNS.items()})
 
@@ -77,8 +77,8 @@ def _thresholds(bundle): return _limits(read_json(Path(bundle)/'thresholds.json'
 
 def _limits(given, where):
     "Raise `WrongCall` unless these are conf, iou and max_det, each in its range."
-    known = dict(conf=lambda v: 0 <= v <= 1, iou=lambda v: 0 <= v <= 1, max_det=lambda v: v >= 1 and v == int(v))
-    if set(given) != set(known): raise WrongCall(f"{where}: {', '.join(known)} were expected, not {', '.join(given) or 'nothing'}")
+    known = dict(conf=lambda v: 0 <= v <= 1, iou=lambda v: 0 <= v <= 1, max_det=lambda v: v >= 1 and v % 1 == 0)
+    if not isinstance(given, dict) or set(given) != set(known): raise WrongCall(f"{where}: {', '.join(known)} were expected, not {given!r}")
     for k, fits in known.items():
         if type(given[k]) not in (int, float) or not fits(given[k]): raise WrongCall(f'{where}: {k} cannot be {given[k]!r}')
     return dict(given, max_det=int(given['max_det']))

@@ -16,7 +16,7 @@ from .package import package
 from .registry import register, versions
 from .runtimes import export
 from .store import asking, connect, experiment, mlflow
-from .tracking import find_run, flat, metric
+from .tracking import find_run, flat, metric, origin
 
 # %% ../notebooks/api/32_publish.ipynb #made
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Made:
     executed: dict  # stage → executed notebook that wrote its report; its HTML lies beside it
     work: Path      # folder for drafts
     name: str       # of the run, where it has to be made anew
-    tags: dict      # of such a run, as of `origin`
+    code: dict      # as of `code_state`, for such a run
 
     def files(self):
         "What is attached to the run: its place there → file."
@@ -80,7 +80,10 @@ def _run(client, experiment, made, told):
     known = {f'nbs.{k}': told['model'][k] for k in ('data', 'params')}
     weights = {'nbs.model': told['model']['tensors']}
     if run := find_run(client, experiment, known | weights) or find_run(client, experiment, known | {'nbs.model': None}): return run, False
-    return client.create_run(experiment, tags=made.tags | known | weights | {'nbs.recreated': 'true'}, run_name=made.name), True
+    tags = origin('nbs publish', made.code) | {'mlflow.source.type': 'LOCAL', 'nbs.recreated': 'true'} | known | weights
+    run = client.create_run(experiment, tags=tags, run_name=made.name)
+    if made.code['patch']: client.log_text(run.info.run_id, made.code['patch'], 'code.patch')
+    return run, True
 
 def _numbers(told):
     "What a training and its evaluation come to, as MLflow names it."

@@ -39,7 +39,7 @@ def link(
     links: Path,     # folder
 ):
     "Remember which notebook wrote a report."
-    write_json(_place(report, links), dict(notebook=str(notebook)))
+    write_json(_place(report, links), dict(notebook=os.path.relpath(notebook, links)))
 
 def linked(
     report: Path,  # may be absent
@@ -47,7 +47,7 @@ def linked(
 ) -> Path:         # the notebook that wrote it; None where there is none, or no longer
     "The notebook behind a report."
     if not Path(report).is_file() or not (place := _place(report, links)).is_file(): return
-    notebook = Path(read_json(place)['notebook'])
+    notebook = (Path(links)/read_json(place)['notebook']).resolve()
     return notebook if notebook.is_file() else None
 
 def _place(report, links): return Path(links)/f'{Path(report).stem}-{hashlib.sha256(Path(report).read_bytes()).hexdigest()[:16]}.json'
