@@ -94,7 +94,7 @@ def test_switched_from_two_processes(client, tmp_path):
 
 
 def test_switched_on_a_server(server):
-    switch_at_once(server, 20)
+    switch_at_once(server, 10)
 
 
 def test_an_alias_that_lags_is_set_again(client):
@@ -143,7 +143,7 @@ def test_rollbacks_undo(client, steps):
 
 def test_more_than_a_page(client):
     one, = (v for v in versions(client, "detector") if v.version == 1)
-    for n in range(4, 224): client.create_model_version("detector", one.source, one.run_id)
+    for _ in range(4, 224): client.create_model_version("detector", one.source, one.run_id)
     assert [v.version for v in versions(client, "detector")] == list(range(1, 224))
     assert find(client, "detector", "latest").version == 223
     with pytest.raises(WrongCall, match=r"no version '999'.*\b223\b"): find(client, "detector", 999)
