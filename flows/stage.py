@@ -3,7 +3,7 @@
 The executed notebook and its HTML are kept in `data/runs/<run id>/`, also of a run that failed or was stopped; nothing the notebook
 started outlives the runner.
 """
-import argparse, logging, os, re, secrets, signal, subprocess, sys, textwrap
+import argparse, logging, os, re, secrets, signal, subprocess, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -13,6 +13,7 @@ import psutil
 
 from flows.reaper import find, gone, marked, reap
 from nbs_lib.config import COMMANDS, WrongCall, check_sections, environment, nearest
+from nbs_lib.tracking import link
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("data/runs")
@@ -174,6 +175,12 @@ def export(executed, why, exporter):
     draft.replace(executed.with_suffix(".html"))
 
 
+def remember(stage, executed, since):
+    "Let the report that the stage wrote lead to its notebook, which publishing attaches; an experiment wrote elsewhere."
+    report = Path("data/reports")/f"{stage}.json"
+    if report.is_file() and report.stat().st_mtime >= since: link(report, executed, Path("data/cache/executed"))
+
+
 def run(stage, given, token, stopped):
     "Execute and export; why it failed and where to look, or nothing."
     starter = dvc()
@@ -185,11 +192,12 @@ def run(stage, given, token, stopped):
     executed = run_folder(id)/notebook.name
     with start_reaper(token, starter), ThreadPoolExecutor(1) as pool:
         mark_environment(id, token)
-        exporter = pool.submit(html_exporter, notebook)
+        exporter, since = pool.submit(html_exporter, notebook), time.time() - 1
         why = stopped or execute(notebook, executed, given)
         if stopped: why = f"Stopped by {stopped[0].name}"
         try:
             if executed.exists(): export(executed, why, exporter.result())
+            if not why: remember(stage, executed, since)
         except Exception as error: why = why or f"no report could be written: {type(error).__name__}: {error}"  # what came first is the cause
     return why and f"{textwrap.shorten(why, 600)}\nsee {executed.with_suffix('.html')}"
 

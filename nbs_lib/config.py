@@ -218,7 +218,9 @@ def apply_environment(
     return differs
 
 # %% ../notebooks/api/00_config.ipynb #params
-COMMANDS = dict(publish=dict(model=str, exports=list))  # sections that commands read, after the stages': key → type
+COMMANDS = dict(  # sections that commands read, after the stages': key → type
+    publish=dict(model=str, exports=list),
+    gate=dict(tolerance=float, min_map=float, floor=float, floors=dict, min_pictures=int, min_new_class=float, bootstrap=int))
 
 class Params(dict):
     "One section of params.yaml as it will be used; `changed` holds what differs from the file, `out` where to write."

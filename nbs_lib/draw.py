@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['colours', 'show_boxes', 'show_outline', 'as_png', 'gallery', 'show_pr', 'show_confusion', 'show_slices',
-           'show_curves', 'show_bars', 'show_histogram', 'show_set']
+           'show_curves', 'show_bars', 'show_histogram', 'show_set', 'show_gate']
 
 # %% ../notebooks/api/04_draw.ipynb #imports
-import io
+import io, textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -213,3 +213,46 @@ def show_set(
     axes['b'].set(xticks=[0, 1], yticks=[0, 1]); axes['b'].tick_params(labelsize=7)
     axes['b'].set_title(f'where boxes lie: darkest {coverage.max(initial=0):.0%} of them', fontsize=9)
     return fig
+
+# %% ../notebooks/api/04_draw.ipynb #show-gate
+def show_gate(
+    numbers: dict,      # low, high, tolerance (for draws), by_class: class name → dict of map of champion and candidate, and floor; None: unknown
+    draws: np.ndarray,  # (n,) differences in map on draws of the pictures; empty: no panel for them
+    title: str = '',
+    most: int = 24,     # classes
+):                      # the matplotlib Figure
+    "The difference of two models with its 95 % interval, and their map by class."
+    rows = {n: v for n, v in numbers['by_class'].items() if v['candidate'] is not None or v.get('champion') is not None}
+    change = {n: (v['candidate'] or 0) - (v.get('champion') or 0) for n, v in rows.items()}
+    fails = lambda n: rows[n]['floor'] is None or (rows[n]['candidate'] or 0) < rows[n]['floor']
+    first = not any('champion' in v for v in rows.values())
+    shown = sorted(sorted(rows, key=lambda n: (not fails(n), change[n] if first else -abs(change[n])))[:most], key=lambda n: change[n])
+    fig, axes = plt.subplots(1, 1 + bool(len(draws)), figsize=(5 + 5 * bool(len(draws)), 1.6 + max(2, .2 * len(shown))), squeeze=False, layout='constrained')
+    fig.suptitle(textwrap.fill(title, 68 * axes.size), fontsize=8, parse_math=False)
+    if len(draws): _show_draws(axes[0, 0], draws, numbers['low'], numbers['high'], numbers['tolerance'])
+    _show_changes(axes[0, -1], {n: rows[n] for n in shown}, len(rows), first)
+    return fig
+
+def _show_draws(ax, draws, low, high, tolerance):
+    ax.hist(draws, np.linspace(draws.min() - .001, draws.max() + .001, 41), color='lightsteelblue')
+    ax.axvspan(low, high, color='steelblue', alpha=.15, label='95 % interval'); ax.axvline(low, color='steelblue')
+    ax.axvline(0, color='black', linewidth=.8, label='no difference')
+    ax.axvline(-tolerance, color='firebrick', linestyle='dashed', label='−tolerance')
+    ax.set(xlabel='map of the candidate − map of the champion', ylabel='draws of the pictures', yticks=[]); ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3, frameon=False)
+
+# %% ../notebooks/api/04_draw.ipynb #show-changes
+def _show_changes(ax, rows, of, first):
+    "A line a class from the champion's map to the candidate's; a tick where its floor is."
+    y, column = range(len(rows)), lambda k: np.array([np.nan if v.get(k) is None else v[k] for v in rows.values()])
+    old, new, floor = map(column, ('champion', 'candidate', 'floor'))
+    ax.hlines(y, old, new, colors=np.where(new < old, 'firebrick', 'seagreen'), linewidth=2)
+    if not first: ax.plot(old, y, 'o', color='white', markeredgecolor='black', markersize=6, label='champion', clip_on=False)
+    ax.plot(new, y, 'o', color='steelblue', markersize=6, label='candidate', clip_on=False)
+    if (low := new < floor).any(): ax.plot(new[low], np.flatnonzero(low), 'o', color='firebrick', markersize=6, label='below its floor', clip_on=False)
+    ax.plot(floor, y, '|', color='black', markersize=11, markeredgewidth=1.5, label='floor', clip_on=False)
+    ax.set(yticks=y, xlim=(0, 1), ylim=(-.7, max(len(rows), 1) - .3), xlabel='map' if len(rows) == of else f'map, {len(rows)} of {of} classes')
+    ax.set_yticklabels([n if len(n) <= 20 else f'{n[:19]}…' for n in rows], fontsize=7, parse_math=False); ax.tick_params(axis='x', labelsize=7)
+    ax.grid(axis='x', linewidth=.4)
+    if rows: ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), ncols=4, frameon=False)
+    else: ax.text(.5, .5, 'not judged', ha='center', va='center', transform=ax.transAxes)

@@ -16,9 +16,10 @@ import numpy as np
 from tqdm.auto import tqdm
 from .boxes import Boxes, Sample, area, iou, to_xywh
 from .coco import load_coco
-from .config import WrongCall, replacing, write_json
+from .config import WrongCall, read_json, replacing, write_json
 from .deadletter import Letter, write_letters
 from .detector import load, predict
+from .drift import profile
 from .metrics import Scores, bootstrap as resample, coco_form, interval, match_coco, score_coco
 
 # %% ../notebooks/api/23_evaluate.ipynb #match
@@ -256,7 +257,7 @@ def assess(
 def evaluate(
     bundle: Path,        # folder with best.pt and model.json
     tree: Path,          # folder that `split` made
-    out: Path,           # folder that gets detections.json, errors.csv, slices.csv, suspects.jsonl, by_class.csv, pr.csv and confusion.csv
+    out: Path,           # folder that gets detections.json, profile.json, errors.csv, slices.csv, suspects.jsonl, by_class.csv, pr.csv, confusion.csv
     *,
     part: str,           # which part judges: test, or val
     device: str,         # auto, cpu, 0
@@ -275,7 +276,7 @@ def evaluate(
     found = predict(detector, [s.path for s in samples], conf=.001, iou=iou, max_det=max_det, batch=batch)
     names = names + [n for n in detector.names if n not in names]
     e = assess(samples, found, names, conf=conf, match_iou=match_iou, suspect=suspect, bootstrap=bootstrap)
-    e.report['part'] = part
+    e.report.update(part=part, model=read_json(Path(bundle)/'model.json')['tensors'])
     _write(Path(out), e, found)
     return e
 
@@ -284,6 +285,7 @@ def _write(out, e, found):
     number, labels = {n: i for i, n in enumerate(e.names, 1)}, [*e.names, 'nothing']
     rows = ((s.row, *d) for s, b in zip(e.samples, found) for d in zip(b.label, to_xywh(b.xyxy).tolist(), b.score.tolist()))
     write_json(out/'detections.json', [dict(image_id=i, category_id=number[n], bbox=xywh, score=score) for i, n, xywh, score in rows])
+    write_json(out/'profile.json', profile(e.samples, e.detections))
     by_class = ((n, s['boxes'], round(s['map50'], 4), round(s['map'], 4)) for n, s in e.scores.by_class.items())
     _table(out/'by_class.csv', ['class', 'boxes', 'map50', 'map'], by_class)
     curves = ((n, r, v) for n, precision in e.scores.precision.items() for r, v in zip(e.scores.recall.round(2), precision.round(4)))

@@ -20,9 +20,9 @@ def mlflow():
     "The package, quiet and with bounded patience."
     if 'mlflow' not in sys.modules:
         for name, value in QUIET.items(): os.environ.setdefault(name, value)
-        import mlflow
-        for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.ERROR)
-    return sys.modules['mlflow']
+    import mlflow as package
+    for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.ERROR)
+    return package
 
 # %% ../notebooks/api/29_store.ipynb #asking
 @contextmanager

@@ -1,0 +1,115 @@
+"""Make a registered version again: `python -m flows.reproduce 3`.
+
+Its commit, what was changed in it, its parameters and its data are laid out aside, the pipeline runs there, and the scores are held beside each other.
+"""
+import argparse, json, os, shutil, subprocess, sys
+from pathlib import Path
+
+from nbs_lib.config import WrongCall, params, read_json, read_yaml, tracking_uri
+from nbs_lib.registry import find
+from nbs_lib.store import asking, connect, mlflow
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def attached(uri, run_id, folder):
+    "Bring what the run of the version keeps into a folder: parameters, lock, reports, the patch of its code."
+    with asking(uri):
+        there = {a.path for a in connect(uri).list_artifacts(run_id)}
+        for name in ("params.yaml", "dvc.lock", "reports", "code.patch"):
+            if name in there: mlflow().artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=uri)
+    missing = sorted({"params.yaml", "dvc.lock", "reports"} - there)
+    if missing: raise WrongCall(f"run {run_id} keeps no {' and no '.join(missing)}: it was never published")
+
+
+def git(folder, *words):
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
+    if done.returncode: raise WrongCall(f"git {words[0]}: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip()
+
+
+def lay_out(tags, kept, folder):
+    "The code as it was, in a clone of its own."
+    commit = tags.get("mlflow.source.git.commit")
+    if not commit: raise WrongCall("this version was trained outside git: nobody knows with what code")
+    if subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True).returncode:
+        raise WrongCall(f"commit {commit[:12]} is not in this repository: `git fetch` may bring it")
+    git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(folder))
+    git(folder, "checkout", "--quiet", "--detach", commit)
+    if tags.get("nbs.dirty") == "true":
+        if not (kept/"code.patch").is_file(): raise WrongCall(f"the code had more changes over commit {commit[:12]} than were kept: it cannot be made again")
+        git(folder, "apply", "--whitespace=nowarn", str(kept/"code.patch"))
+    for name in ("params.yaml", "dvc.lock"): shutil.copyfile(kept/name, folder/name)
+
+
+def dvc(folder, *words, quiet=False):
+    "Run DVC in the folder, with its own library and its own tracking store; whether it went well."
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_"))}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env, out = {**clean, "PATH": path, "PYTHONPATH": str(folder)}, subprocess.DEVNULL if quiet else sys.stderr
+    return not subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env=env, stdout=out, stderr=out).returncode
+
+
+def bring_data(folder):
+    "The raw data as it was: from DVC's cache, from the remote where there is one, and only then from where it once came."
+    if (ROOT/".dvc/config.local").is_file(): shutil.copyfile(ROOT/".dvc/config.local", folder/".dvc/config.local")
+    dvc(folder, "cache", "dir", "--local", str(ROOT/".dvc/cache"), quiet=True)
+    own = [str(p.relative_to(folder)) for p in sorted((folder/"data/raw").rglob("*.dvc"))]
+    remote = subprocess.run([sys.executable, "-m", "dvc", "remote", "default"], cwd=folder, capture_output=True, text=True).stdout.strip()
+    bring = ("pull",) if remote and not remote.startswith("No default") else ("checkout",)
+    if own and not dvc(folder, *bring, *own): raise WrongCall(f"{', '.join(own)}: the data is neither in DVC's cache nor in a remote")
+    if not dvc(folder, *bring, "fetch", quiet=True) and not dvc(folder, "repro", "--force", "--single-item", "fetch"): raise WrongCall("the stage fetch failed")
+    status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", "ingest"], cwd=folder, capture_output=True, text=True).stdout
+    deps = [d for change in json.loads(status or "{}").get("ingest", []) if isinstance(change, dict) for d in change.get("changed deps", {})]
+    if changed := [d for d in deps if not d.startswith(("nbs_lib", "notebooks"))]:
+        raise WrongCall(f"{', '.join(changed)} is not what this version was made from: part of it is neither in git nor in DVC (`dvc add` keeps it)")
+
+
+def compare(then, now, noise):
+    "What both evaluations say of each score, and whether they agree."
+    before, after = read_json(then/"evaluate.json"), read_json(now/"evaluate.json")
+    devices = {read_json(f/"train.json")["device"] for f in (then, now)}
+    scores = {k: dict(then=before[k], now=after[k]) for k in ("map", "map50", "map75", "right", "missed", "false_alarms")}
+    same = before == after
+    agree = same if devices == {"cpu"} else all(abs(scores[k]["then"] - scores[k]["now"]) <= noise for k in ("map", "map50"))
+    return dict(agree=agree, equal=same, devices=sorted(devices), noise=None if devices == {"cpu"} else noise, scores=scores)
+
+
+def reproduce(version, model, noise, folder):
+    "Make a version again in a folder of its own; the comparison."
+    uri = tracking_uri(ROOT/"data/mlflow")
+    found = find(connect(uri), model, version)
+    with asking(uri): tags = connect(uri).get_run(found.run_id).data.tags
+    shutil.rmtree(folder, ignore_errors=True)
+    (kept := folder/"kept").mkdir(parents=True)
+    attached(uri, found.run_id, kept)
+    lay_out(tags, kept, here := folder/"workspace")
+    bring_data(here)
+    stages = [s for s in read_yaml(here/"dvc.yaml")["stages"] if s != "fetch"]
+    if not dvc(here, "repro", "--force", "--single-item", *stages): raise WrongCall(f"the pipeline failed: its notebooks lie in {here/'data/runs/latest'}")
+    return dict(version=found.version, folder=str(here), **compare(kept/"reports", here/"data/reports", noise))
+
+
+def main():
+    "Make a version again, and say whether it is the same. Status 0: it agrees, 1: it does not, 2: it could not be made."
+    parser = argparse.ArgumentParser(prog="python -m flows.reproduce", description="Make a registered version again, and compare.")
+    parser.add_argument("version", help="number or alias")
+    parser.add_argument("--model", default=None, help="name of the registered model; default: publish.model of params.yaml")
+    parser.add_argument("--noise", type=float, default=.02, help="difference in map and map50 that a card may make; on CPUs they must be equal")
+    parser.add_argument("--folder", type=Path, default=None, help="to work in, made anew; default: one in data/cache")
+    parser.add_argument("--json", action="store_true", help="print JSON for a program")
+    args = parser.parse_args()
+    folder = (args.folder or ROOT/f"data/cache/reproduce/{args.version}").resolve()
+    try: done = reproduce(args.version, args.model or params("publish")["model"], args.noise, folder)
+    except (WrongCall, OSError) as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.json: print(json.dumps(done))
+    else:
+        for name, of in done["scores"].items(): print(f"{name:12} {of['then']:10.6g} then {of['now']:10.6g} now")
+        rule = "equal is what one CPU gives" if done["noise"] is None else f"within {done['noise']} is what a card gives"
+        print(f"version {done['version']}: {'the same again' if done['equal'] else 'agrees' if done['agree'] else 'DIFFERS'} ({rule}); {done['folder']}")
+    sys.exit(not done["agree"])
+
+
+if __name__ == "__main__": main()
