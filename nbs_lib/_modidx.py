@@ -421,6 +421,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nbs_lib.registry._listed': ('api/registry.html#_listed', 'nbs_lib/registry.py'),
                                   'nbs_lib.registry._named': ('api/registry.html#_named', 'nbs_lib/registry.py'),
                                   'nbs_lib.registry._place': ('api/registry.html#_place', 'nbs_lib/registry.py'),
+                                  'nbs_lib.registry._read': ('api/registry.html#_read', 'nbs_lib/registry.py'),
                                   'nbs_lib.registry._settled': ('api/registry.html#_settled', 'nbs_lib/registry.py'),
                                   'nbs_lib.registry._short': ('api/registry.html#_short', 'nbs_lib/registry.py'),
                                   'nbs_lib.registry._show': ('api/registry.html#_show', 'nbs_lib/registry.py'),

@@ -132,5 +132,6 @@ def lineage(
         for line in _lines(v): print(f'{k:10} {line}')
 
 def _lines(v):
-    if isinstance(v, dict): return [f'{k} = {x:.6g}' if isinstance(x, float) else f'{k} = {x}' for k, x in v.items()]
+    said = lambda x: f'{x:.6g}' if isinstance(x, float) else x.get('text', x) if isinstance(x, dict) else x
+    if isinstance(v, dict): return [f'{k} = {said(x)}' for k, x in v.items()]
     return [_line(x) if isinstance(x, dict) else x for x in v] if isinstance(v, list) else []

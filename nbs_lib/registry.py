@@ -341,4 +341,8 @@ def lineage(
                 data=tags.get('nbs.data'), params=dict(sorted(run.data.params.items())), stages=stages,
                 notebooks=sorted(f.path for f in files or ()), metrics=dict(sorted(run.data.metrics.items())),
                 promotions=[e for e in history(client, name) if e['version'] == v.version],
-                gate={k: t for k, t in sorted(v.tags.items()) if k.startswith('gate')})
+                gate={k: _read(t) for k, t in sorted(v.tags.items()) if k.startswith('gate')})
+
+def _read(text):
+    try: return json.loads(text)
+    except ValueError: return text

@@ -94,7 +94,7 @@ def test_switched_from_two_processes(client, tmp_path):
 
 
 def test_switched_on_a_server(server):
-    switch_at_once(server, 20)
+    switch_at_once(server, 10)
 
 
 def test_an_alias_that_lags_is_set_again(client):
