@@ -216,13 +216,13 @@ def gate(
     work: Path,            # folder for the two bundles
     who: str,              # such as ann@lab
     *,
-    tolerance: float,      # as of `compare`, here and below
-    min_map: float,
-    floor: float,
-    floors: dict,
-    min_pictures: int,
-    min_new_class: float,
-    bootstrap: int,
+    tolerance: float,      # as of `compare`
+    min_map: float,        # as of `compare`
+    floor: float,          # as of `compare`
+    floors: dict,          # as of `compare`
+    min_pictures: int,     # as of `compare`
+    min_new_class: float,  # as of `compare`
+    bootstrap: int,        # as of `compare`
 ) -> dict:                 # key, version, champion, promoted, text, new: whether it was decided now; a judgement's numbers in short
     "Judge a candidate beside the champion, keep the decision, promote where it passed. Raises what `compare`, `find` and `champion` raise."
     rules = asdict(Rules(tolerance, min_map, floor, floors, min_pictures, min_new_class, bootstrap))

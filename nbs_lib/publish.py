@@ -40,8 +40,8 @@ class Made:
 
 # %% ../notebooks/api/32_publish.ipynb #checked
 def checked(
-    made: Made,
-) -> dict:    # model: model.json, train: the training's report, evaluate: the evaluation's, curves: column → values
+    made: Made, # where it lies
+) -> dict:      # model: model.json, train: the training's report, evaluate: the evaluation's, curves: column → values
     "Read what was made. Raises `WrongCall` where a part is absent, or does not belong to the others."
     if not (made.models/'model.json').is_file(): raise WrongCall(f'{made.models} holds no model yet: `make run` trains one')
     told = dict(model=read_json(made.models/'model.json'))
@@ -58,7 +58,7 @@ def checked(
 
 # %% ../notebooks/api/32_publish.ipynb #bundle
 def bundle(
-    made: Made,
+    made: Made,     # where it lies
     out: Path,      # folder to fill
     exports: list,  # onnx, openvino; may be empty
 ) -> str:           # 16 hex digits: what is in it, and what will be exported
@@ -158,7 +158,7 @@ def _log(client, run, name, folder, out, exports, tags):
 def publish(
     uri: str,    # of the store
     name: str,   # of the experiment
-    made: Made,
+    made: Made,  # where it lies
     *,
     model: str,     # name of the registered model
     exports: list,  # runtimes that the version also carries: onnx, openvino
