@@ -7,10 +7,11 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # The locked torch runs on a CPU too. On Linux `make install TORCH=cpu` takes the build without CUDA, and none of NVIDIA's packages
 TORCH ?= cuda
+PORT ?= 5000
 # Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run test test-kills test-large guides lab image export lock clean
+.PHONY: help install run mlflow test test-kills test-large guides lab image export lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,14 +33,21 @@ endif
 	@mkdir -p $(VENV)/etc/jupyter && ln -sf ../../../jupyter_server_config.py $(VENV)/etc/jupyter/
 	@touch $@
 
-run: install  ## pictures in, judged detector out
-	@echo "run: fetch, ingest, split, train, evaluate; only what changed"
+run: install  ## pictures in, judged detector out, champion where it is better
+	@echo "run: fetch, ingest, split, train, evaluate; only what changed; then publish and gate"
 	@dvc config --local core.no_scm $(if $(wildcard .git),false,true)
 	@$(if $(NBS_ENV),nbs params --apply)
 	@python -m flows.preflight
 	@dvc repro
-	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters"
+	@nbs publish
+	@nbs gate || [ $$? = 1 ]  # refused is an answer too
+	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters, every run: make mlflow"
 	@dvc metrics show data/reports/evaluate.json
+
+mlflow: install  ## MLflow's pages on the workspace's own runs and models, http://127.0.0.1:5000 (PORT=… for another)
+	@test -f data/mlflow/mlflow.db || { echo "mlflow: data/mlflow holds nothing yet: make run"; exit 1; }
+	@echo "mlflow: http://127.0.0.1:$(PORT), Ctrl-C ends it"
+	@MLFLOW_DISABLE_TELEMETRY=true mlflow server --backend-store-uri sqlite:///$(CURDIR)/data/mlflow/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: install  ## every notebook, every rule, the whole pipeline on a small setting
 	@echo "test: api notebooks, rules, end to end"

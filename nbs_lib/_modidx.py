@@ -394,6 +394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nbs_lib.publish': { 'nbs_lib.publish.Made': ('api/publish.html#made', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish.Made.files': ('api/publish.html#made.files', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish._attach': ('api/publish.html#_attach', 'nbs_lib/publish.py'),
+                                 'nbs_lib.publish._dataset': ('api/publish.html#_dataset', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish._file': ('api/publish.html#_file', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish._hash': ('api/publish.html#_hash', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish._lacking': ('api/publish.html#_lacking', 'nbs_lib/publish.py'),

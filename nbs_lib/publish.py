@@ -89,7 +89,8 @@ def _numbers(told):
     "What a training and its evaluation come to, as MLflow names it."
     train, evaluation = told['train'], told['evaluate']
     best = {'best/epoch': train['best_epoch'], 'best/map50': train['val_map50'], 'best/map': train['val_map'], 'parameters': train['parameters']}
-    return best | {f"{evaluation['part']}/{k}": v for k, v in evaluation.items() if isinstance(v, (int, float))}
+    measured = {k: v for k, v in evaluation.items() if isinstance(v, (int, float)) and v != -1}  # -1: there was nothing of that size
+    return best | {f"{evaluation['part']}/{k}": v for k, v in measured.items()}
 
 def _lacking(client, run, told):
     "Metrics that a run does not have yet."
@@ -115,8 +116,16 @@ def _attach(client, run, made, told):
                    tags=[entities.RunTag(k, v) for k, v in (_stages(made) | tags).items()])
     for kind, rows in batches.items():
         for i in range(0, len(rows), 100): client.log_batch(id, **{kind: rows[i:i + 100]})
+    client.log_inputs(id, [_dataset(made, told)])
     for place, file in made.files().items(): client.log_artifact(id, str(file), str(Path(place).parent) if '/' in place else None)
     if run.info.status != 'FINISHED': client.set_terminated(id)
+
+def _dataset(made, told):
+    "What was learned from, as MLflow shows it."
+    entities, classes = mlflow().entities, len(told['model']['names'])
+    profile, source = json.dumps(dict(classes=classes)), json.dumps(dict(uri=made.tree.name))
+    data = entities.Dataset(made.tree.name, told['model']['data'], 'dvc', source, profile=profile)
+    return entities.DatasetInput(data, [entities.InputTag('mlflow.data.context', 'training')])
 
 def _note(told, without):
     "What people read on the run's page."
@@ -134,7 +143,9 @@ def _version(client, run, made, model, exports):
         if known := [v for v in versions(client, model) if v.tags.get('nbs.bundle') == mark]: return known[-1].version, False
         tags = {'nbs.bundle': mark, **{k: run.data.tags[k] for k in ('nbs.data', 'nbs.model') if k in run.data.tags}}
         id = _logged(client, run, mark) or _log(client, run, model, folder, Path(tmp)/'model', exports, tags)
-        return register(client, model, run.info.run_id, f'models:/{id}', tags).version, True
+        version = register(client, model, run.info.run_id, f'models:/{id}', tags).version
+        client.update_model_version(model, str(version), run.data.tags.get('mlflow.note.content'))
+        return version, True
 
 def _logged(client, run, mark):
     "The id of a logged model that a stopped publishing left whole; halves of one are deleted."

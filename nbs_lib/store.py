@@ -78,7 +78,7 @@ def experiment(
     with asking(uri := client.tracking_uri):
         if not (found := client.get_experiment_by_name(name)):
             place = embedded(uri) and str(embedded(uri).parent.resolve()/'artifacts')
-            try: return client.create_experiment(name, artifact_location=place)
+            try: return client.create_experiment(name, artifact_location=place, tags={'mlflow.experimentKind': 'custom_model_development'})
             except mlflow().exceptions.MlflowException:  # another process was faster
                 if not (found := client.get_experiment_by_name(name)): raise
     if found.lifecycle_stage == 'deleted':
