@@ -55,11 +55,11 @@ test: install  ## every notebook, every rule, the whole pipeline on a small sett
 
 test-kills: install  ## every process stopped at three moments of every stage (twenty minutes)
 	@echo "test-kills: KILL, TERM, Ctrl-C, full disk"
-	@python -m pytest -m kills -s tests/test_interruptions.py
+	@python -m pytest -n 0 -m kills -s tests/test_interruptions.py
 
 test-large: install  ## annotation files of a gigabyte, a million letters, 20,000 pictures (some twenty minutes, 10 GB of disk)
 	@echo "test-large: what does not fit into memory"
-	@python -m pytest -m large -s tests/test_large.py
+	@python -m pytest -n 0 -m large -s tests/test_large.py
 
 guides: install  ## the guides in full, as HTML in data/runs/guides (the one on blood cells needs data/raw/bccd)
 	@mkdir -p data/runs/guides

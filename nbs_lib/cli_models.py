@@ -41,7 +41,7 @@ def _made():
     data, stages = home/'data', read_yaml(home/'dvc.yaml')['stages']
     executed = {s: nb for s in stages if (nb := linked(data/f'reports/{s}.json', data/'cache/executed'))}
     name = executed['train'].parent.name if 'train' in executed else run_id()
-    code = code_state(home, ['dvc.lock', 'data/reports'], 'data')
+    code = code_state(home, ['dvc.lock', 'data/reports'])
     return Made(data/'models', data/'processed', data/'reports', home/'params.yaml', home/'dvc.lock', executed, data/'cache/publish', name, code)
 
 @models_app.command()
@@ -132,6 +132,5 @@ def lineage(
         for line in _lines(v): print(f'{k:10} {line}')
 
 def _lines(v):
-    said = lambda x: f'{x:.6g}' if isinstance(x, float) else x.get('text', x) if isinstance(x, dict) else x
-    if isinstance(v, dict): return [f'{k} = {said(x)}' for k, x in v.items()]
+    if isinstance(v, dict): return [f'{k} = {x:.6g}' if isinstance(x, float) else f'{k} = {x}' for k, x in v.items()]
     return [_line(x) if isinstance(x, dict) else x for x in v] if isinstance(v, list) else []

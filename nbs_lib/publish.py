@@ -35,8 +35,11 @@ class Made:
     def files(self):
         "What is attached to the run: its place there → file."
         reports = {f'reports/{f.name}': f for f in sorted(self.reports.iterdir()) if f.is_file() and not f.name.startswith('.')}
-        pages = {f'notebooks/{f.name}': f for nb in self.executed.values() for f in (nb, nb.with_suffix('.html')) if f.is_file()}
-        return {f.name: f for f in (self.params, self.lock) if f.is_file()} | reports | pages
+        return {f.name: f for f in (self.params, self.lock) if f.is_file()} | reports
+
+    def pages(self):
+        "Executed notebooks and their HTML, attached where they are: place → file."
+        return {f'notebooks/{f.name}': f for nb in self.executed.values() for f in (nb, nb.with_suffix('.html')) if f.is_file()}
 
 # %% ../notebooks/api/32_publish.ipynb #checked
 def checked(
@@ -110,14 +113,14 @@ def _attach(client, run, made, told):
     "Give a run all that it lacks."
     entities, id, sections = mlflow().entities, run.info.run_id, read_yaml(made.params)
     made_it = {k: v for s in sections if s not in ('evaluate', 'publish', 'gate') for k, v in flat(s, sections[s]).items()}
-    without = [s for s in ('train', 'evaluate') if s not in made.executed]
-    tags = {'nbs.model': told['model']['tensors'], 'mlflow.note.content': _note(told, without), 'nbs.not_executed': ', '.join(without) or 'none'}
+    pages = _pages(run) | {s: _file(nb) for s, nb in made.executed.items()}
+    tags = {'nbs.model': told['model']['tensors'], 'mlflow.note.content': _note(told, pages), 'nbs.notebooks': json.dumps(pages)}
     batches = dict(metrics=list(_lacking(client, run, told)), params=[entities.Param(k, v) for k, v in made_it.items() if k not in run.data.params],
                    tags=[entities.RunTag(k, v) for k, v in (_stages(made) | tags).items()])
     for kind, rows in batches.items():
         for i in range(0, len(rows), 100): client.log_batch(id, **{kind: rows[i:i + 100]})
     client.log_inputs(id, [_dataset(made, told)])
-    for place, file in made.files().items(): client.log_artifact(id, str(file), str(Path(place).parent) if '/' in place else None)
+    for place, file in (made.files() | made.pages()).items(): client.log_artifact(id, str(file), str(Path(place).parent) if '/' in place else None)
     if run.info.status != 'FINISHED': client.set_terminated(id)
 
 def _dataset(made, told):
@@ -127,12 +130,17 @@ def _dataset(made, told):
     data = entities.Dataset(made.tree.name, told['model']['data'], 'dvc', source, profile=profile)
     return entities.DatasetInput(data, [entities.InputTag('mlflow.data.context', 'training')])
 
-def _note(told, without):
+def _pages(run):
+    "The executed notebooks that a run has: stage → hash."
+    return json.loads(run.data.tags.get('nbs.notebooks', '{}'))
+
+def _note(told, pages):
     "What people read on the run's page."
+    without = [s for s in ('train', 'evaluate') if s not in pages]
     e = told['evaluate']
     text = (f"mAP **{e['map']:.3f}** (95 %: {e['map_low']:.3f} to {e['map_high']:.3f}), mAP50 **{e['map50']:.3f}** on {e['pictures']} pictures ({e['part']}); "
             f"{e['right']} of {e['boxes']} boxes right, {e['missed']} missed, {e['false_alarms']} false alarms.")
-    return text + (f"\n\nNo notebook was executed here for {' and '.join(without)}: restored from DVC's cache, or made elsewhere." if without else '')
+    return text + (f"\n\nNo executed notebook of {' and '.join(without)}: restored from DVC's cache, or made elsewhere." if without else '')
 
 # %% ../notebooks/api/32_publish.ipynb #version
 def _version(client, run, made, model, exports):
@@ -181,7 +189,8 @@ def publish(
         client = connect(uri, new=True)
         run, fresh = _run(client, experiment(client, name), made, told)
         mark = _hash(model, exports, {k: _file(f) for k, f in made.files().items()})
-        changed = run.data.tags.get('nbs.published') != mark
+        new = {s for s, nb in made.executed.items() if _pages(run).get(s) != _file(nb)}
+        changed = run.data.tags.get('nbs.published') != mark or bool(new)
         if changed: _attach(client, run, made, told)
         version, registered = _version(client, client.get_run(run.info.run_id), made, model, exports)
         if changed: client.set_tag(run.info.run_id, 'nbs.published', mark)

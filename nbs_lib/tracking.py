@@ -16,15 +16,14 @@ from .store import asking, connect, embedded, experiment, mlflow
 def code_state(
     root: Path,  # of a git repository
     made: list,  # paths below it whose changes do not count
-    data: str,   # folder below it whose new files do not count, but for DVC's own
 ) -> dict:       # commit: hash, or None without git; dirty: whether it was changed; patch: how, for `git apply`, None where it is over 2 MB
     "The code as it lies there."
     import git
     try:
         repo, left = git.Repo(root), [f':!{p}' for p in made]
         commit = repo.head.commit.hexsha
-        unknown = lambda *specs: repo.git.ls_files('-z', '--others', '--exclude-standard', '--', *specs, *left).split('\0')
-        new = [f for f in {*unknown('.', f':!{data}'), *unknown('*.dvc')} if f and (Path(root)/f).stat().st_size < 1 << 20]
+        new = repo.git.ls_files('-z', '--others', '--exclude-standard', '--', '*.py', '*.ipynb', '*.dvc', *left).split('\0')
+        new = [f for f in new if f and (Path(root)/f).stat().st_size < 1 << 20]
         with tempfile.TemporaryDirectory() as tmp, repo.git.custom_environment(GIT_INDEX_FILE=f'{tmp}/index'):
             shutil.copyfile(Path(repo.git_dir, 'index'), f'{tmp}/index')
             if new: repo.git.add('--intent-to-add', '--', *new)
@@ -109,14 +108,16 @@ class Run:
     def start(self, known, resumed):
         self.tags |= {f'nbs.{k}': v for k, v in known.items()}
         client, self.known, self.resumed = self.client(), known, resumed
-        if resumed and self.find(client): client.update_run(self.id, 'RUNNING')
+        begun = {} if resumed else {'mlflow.runName': self.name}  # by this object: a store may do what it was too slow to confirm
+        if self.find(client, begun): client.update_run(self.id, 'RUNNING')
         else: self.id = client.create_run(experiment(client, self.experiment), tags=self.tags, run_name=self.name).info.run_id
         client.log_batch(self.id, params=[mlflow().entities.Param(k, v) for k, v in self.params.items()])
         if self.patch: client.log_text(self.id, self.patch, 'code.patch')
 
-    def find(self, client):
+    def find(self, client, tags={}):
         "The id of this training's run that has not ended, if there is one."
-        run = find_run(client, experiment(client, self.experiment), {**{f'nbs.{k}': v for k, v in self.known.items()}, 'nbs.model': None})
+        known = {f'nbs.{k}': v for k, v in self.known.items()}
+        run = find_run(client, experiment(client, self.experiment), {**known, **tags, 'nbs.model': None})
         self.id = run and run.info.run_id
         return self.id
 

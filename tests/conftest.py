@@ -18,6 +18,13 @@ def real():
     return folder
 
 
+def pytest_configure(config):
+    "A worker of pytest-xdist keeps to one CPU: trainings side by side on all of them would wait for each other."
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cpus[int(worker[2:]) % len(cpus)]})
+
+
 class Workspace:
     "A copy of this workspace without git, data or results, as a source archive has it, in the environment `ci`."
     def __init__(self, folder):

@@ -186,7 +186,7 @@ for out in outs:
     if os.getuid() == 0: os.setuid(65534)  # only now: Python itself may lie where only root can look
 print(json.dumps(report))"""
     tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:2]: folder.chmod(0o755)
+    for folder in tmp_path.parents[:3]: folder.chmod(0o755)
     command = [sys.executable, "-c", code, raw, tmp_path/"warm", tmp_path/"out"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LIMITS": json.dumps(LIMITS)})
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ def test_a_version_is_made_again_with_changes_that_nobody_committed_and_data_of_
     git(workspace, "commit", "--quiet", "--message", "pictures of our own")
     workspace.set(train=dict(seed=7))
     with (workspace/"nbs_lib/split.py").open("a") as code: code.write("\n# a change that nobody committed\n")
-    (workspace/"notebooks/notes.txt").write_text("new, and not committed either\n")
+    (workspace/"flows/helper.py").write_text("# new, and not committed either\n")
     workspace.run("dvc", "repro")
     assert "version 1, new" in workspace.run("nbs", "publish")
     first, known = json.loads((workspace/"data/models/model.json").read_text()), json.loads(workspace.run("nbs", "lineage", "1", "--json"))
@@ -23,13 +23,13 @@ def test_a_version_is_made_again_with_changes_that_nobody_committed_and_data_of_
 
     workspace.set(train=dict(seed=8))  # what lies there today says nothing about version 1
     git(workspace, "checkout", "--quiet", "nbs_lib/split.py")
-    (workspace/"notebooks/notes.txt").unlink()
+    (workspace/"flows/helper.py").unlink()
     before = git(workspace, "status", "--porcelain")
     said = workspace.run("python", "-m", "flows.reproduce", "v1", "--folder", "again", "--json")
     done = json.loads(said.splitlines()[-1])
     assert (done["agree"], done["equal"], done["devices"], done["noise"]) == (True, True, ["cpu"], None)
     again = workspace/"again/workspace"
-    assert "nobody committed" in (again/"nbs_lib/split.py").read_text() and (again/"notebooks/notes.txt").exists()
+    assert "nobody committed" in (again/"nbs_lib/split.py").read_text() and (again/"flows/helper.py").exists()
     assert json.loads((again/"data/models/model.json").read_text()) == first
     assert git(workspace, "status", "--porcelain").replace("?? again/\n", "") == before
 
