@@ -492,6 +492,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nbs_lib.runtimes._export': ('api/runtimes.html#_export', 'nbs_lib/runtimes.py'),
                                   'nbs_lib.runtimes._renumber': ('api/runtimes.html#_renumber', 'nbs_lib/runtimes.py'),
                                   'nbs_lib.runtimes._run': ('api/runtimes.html#_run', 'nbs_lib/runtimes.py'),
+                                  'nbs_lib.runtimes.check_formats': ('api/runtimes.html#check_formats', 'nbs_lib/runtimes.py'),
                                   'nbs_lib.runtimes.export': ('api/runtimes.html#export', 'nbs_lib/runtimes.py')},
             'nbs_lib.scenes': { 'nbs_lib.scenes._background': ('api/scenes.html#_background', 'nbs_lib/scenes.py'),
                                 'nbs_lib.scenes._dirt': ('api/scenes.html#_dirt', 'nbs_lib/scenes.py'),

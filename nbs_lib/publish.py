@@ -14,7 +14,7 @@ from .config import WrongCall, read_json, read_yaml, write_json
 from .detector import data_hash
 from .package import package
 from .registry import register, versions
-from .runtimes import export
+from .runtimes import check_formats, export
 from .store import asking, connect, experiment, mlflow
 from .tracking import find_run, flat, metric, origin
 
@@ -182,11 +182,12 @@ def publish(
     model: str,     # name of the registered model
     exports: list,  # runtimes that the version also carries: onnx, openvino
 ) -> dict:          # run: id; name: of the run; made: whether it is new; version; registered: whether it is new; changed: whether anything was written
-    "Complete the run of a training and register its version. Raises what `checked` raises, and `WrongCall` where the store does not answer."
-    told = checked(made)
+    "Complete the run of a training and register its version. Raises what `checked` raises, and `WrongCall` for a name, an export or a store that will not do."
+    told, exports = checked(made), check_formats(exports)
     made.work.mkdir(parents=True, exist_ok=True)
     with FileLock(made.work/'publish.lock'), asking(uri):
         client = connect(uri, new=True)
+        versions(client, model)  # raises for a name that the store does not take, before anything is written
         run, fresh = _run(client, experiment(client, name), made, told)
         mark = _hash(model, exports, {k: _file(f) for k, f in made.files().items()})
         new = {s for s, nb in made.executed.items() if _pages(run).get(s) != _file(nb)}

@@ -14,7 +14,7 @@ from .config import WrongCall
 
 # %% ../notebooks/api/29_store.ipynb #mlflow
 QUIET = dict(MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_HTTP_REQUEST_MAX_RETRIES='2', MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR='1', MLFLOW_HTTP_REQUEST_TIMEOUT='20',
-             MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR='false')
+             MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR='false', MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT='true')
 
 def mlflow():
     "The package, quiet and with bounded patience."

@@ -107,19 +107,18 @@ class Run:
 
     def start(self, known, resumed):
         self.tags |= {f'nbs.{k}': v for k, v in known.items()}
-        client, self.known, self.resumed = self.client(), known, resumed
-        begun = {} if resumed else {'mlflow.runName': self.name}  # by this object: a store may do what it was too slow to confirm
-        if self.find(client, begun): client.update_run(self.id, 'RUNNING')
-        else: self.id = client.create_run(experiment(client, self.experiment), tags=self.tags, run_name=self.name).info.run_id
-        client.log_batch(self.id, params=[mlflow().entities.Param(k, v) for k, v in self.params.items()])
+        client, self.known, self.resumed, entities = self.client(), known, resumed, mlflow().entities
+        run = self.find(client)
+        if run and (resumed or not run.data.metrics): client.update_run(run.info.run_id, 'RUNNING')  # the one before had not finished an epoch
+        else: run = client.create_run(experiment(client, self.experiment), tags=self.tags, run_name=self.name)
+        self.id = run.info.run_id
+        client.log_batch(self.id, params=[entities.Param(k, v) for k, v in self.params.items() if k not in run.data.params],
+                         tags=[entities.RunTag(k, v) for k, v in self.tags.items()])
         if self.patch: client.log_text(self.id, self.patch, 'code.patch')
 
-    def find(self, client, tags={}):
-        "The id of this training's run that has not ended, if there is one."
-        known = {f'nbs.{k}': v for k, v in self.known.items()}
-        run = find_run(client, experiment(client, self.experiment), {**known, **tags, 'nbs.model': None})
-        self.id = run and run.info.run_id
-        return self.id
+    def find(self, client):
+        "This training's run that has not ended, if there is one."
+        return find_run(client, experiment(client, self.experiment), {**{f'nbs.{k}': v for k, v in self.known.items()}, 'nbs.model': None})
 
     def epoch(self, values, at):
         if not self.id: self.start(self.known, self.resumed)  # the store did not answer when the training began
@@ -128,9 +127,9 @@ class Run:
 
     def end(self, known, report):
         self.known, client = known, self.client()
-        if self.id or self.find(client):
-            client.set_tag(self.id, 'nbs.model', report['tensors'])
-            client.set_terminated(self.id)
+        if id := self.id or (run := self.find(client)) and run.info.run_id:
+            client.set_tag(id, 'nbs.model', report['tensors'])
+            client.set_terminated(id)
 
     def stop(self, status):
         if self.id: self.client().set_terminated(self.id, status)

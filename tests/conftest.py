@@ -1,5 +1,5 @@
 "What tests share: copies of the workspace, its commands, and the folder of real pictures."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, sqlite3, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -38,8 +38,12 @@ class Workspace:
     def __truediv__(self, path): return self.folder/path
 
     def copy(self, folder):
-        "The same with all its results, elsewhere."
+        "The same with all its results, elsewhere; its MLflow store, which holds absolute paths, knows that it was moved."
         shutil.copytree(self.folder, folder, symlinks=True)
+        with sqlite3.connect(Path(folder)/"data/mlflow/mlflow.db") as db:
+            for place in ("experiments.artifact_location", "runs.artifact_uri"):
+                table, column = place.split(".")
+                db.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(self.folder.resolve()), str(Path(folder).resolve())))
         return Workspace.at(folder)
 
     @classmethod
@@ -50,7 +54,7 @@ class Workspace:
         return workspace
 
     def start(self, *command, env={}, **kw):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_"))}
         clean |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(self.folder), **env}
         return subprocess.Popen(list(map(str, command)), cwd=self.folder, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
@@ -95,8 +99,8 @@ def _finished(tmp_path_factory):
 
 @pytest.fixture
 def finished(_finished, tmp_path):
-    "The same after an undisturbed `dvc repro`; a copy of its own for each test."
-    return _finished.copy(tmp_path/"finished")
+    "The same after an undisturbed `dvc repro`; a copy of its own for each test, in a folder of the same name, which is the experiment's in MLflow."
+    return _finished.copy(tmp_path/"finished/workspace")
 
 
 def git(workspace, *command):
