@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['colours', 'show_boxes', 'show_outline', 'as_png', 'gallery', 'show_pr', 'show_confusion', 'show_slices',
-           'show_curves', 'show_bars', 'show_histogram', 'show_set', 'show_gate']
+           'show_curves', 'show_runs', 'show_bars', 'show_histogram', 'show_set', 'show_gate']
 
 # %% ../notebooks/api/04_draw.ipynb #imports
 import io, textwrap
@@ -149,6 +149,20 @@ def show_curves(
     for ax, (title, columns) in zip(axes[0], groups.items()):
         for c in columns: ax.plot(range(1, len(curves[c]) + 1), curves[c], marker='.', label=c)
         ax.set(title=title, xlabel='epoch'); ax.legend(fontsize=6)
+    return fig
+
+# %% ../notebooks/api/04_draw.ipynb #show-runs
+def show_runs(
+    runs: dict,     # name → curves, as for `show_curves`
+    columns: list,  # of names, a panel each; a run that lacks one has no line there
+):                  # the matplotlib Figure
+    "How several trainings went."
+    fig, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns), 3), squeeze=False, layout='constrained')
+    for ax, column in zip(axes[0], columns):
+        for i, values in enumerate(c.get(column, ()) for c in runs.values()): ax.plot(range(1, len(values) + 1), values, color=f'C{i % 10}', marker='.')
+        ax.set(title=column, xlabel='epoch'); ax.xaxis.get_major_locator().set_params(integer=True)
+    legend = fig.legend(axes[0, 0].lines, list(runs), fontsize=7, loc='outside lower center', ncols=4, frameon=False)
+    for text in legend.get_texts(): text.set_parse_math(False)
     return fig
 
 # %% ../notebooks/api/04_draw.ipynb #show-bars
