@@ -94,4 +94,4 @@ def side_by_side(
 
 def _seen(sample, name, boxes, only, alarms):
     said = [f'{only} found here only' if only else '', f"{alarms} false alarm{'s' * (alarms > 1)}" if alarms else '']
-    return dict(image=sample.path, boxes=boxes, truth=sample.boxes, title=f"{name}: {', '.join(filter(None, said))}".removesuffix(': '))
+    return dict(image=sample.path, boxes=boxes, truth=sample.boxes, title='\n'.join([name, ', '.join(filter(None, said))]).rstrip())
