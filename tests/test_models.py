@@ -263,8 +263,8 @@ def three(_finished, tmp_path_factory):
 
         dvc = workspace.start("dvc", "repro", env=tracked)
         wait(lambda: len(told()) > len(seen["stopped"][1]) or dvc.poll() is not None)
-        server.kill()
         seen["went on"] = told()
+        server.kill()
         seen["said"], seen["status"] = dvc.communicate()[0], dvc.returncode
         seen["report"], seen["refused"] = workspace.report("train"), nbs.refused("publish", **tracked)
         server.start()
