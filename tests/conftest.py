@@ -1,5 +1,6 @@
 "What tests share: copies of the workspace, its commands, and the folder of real pictures."
 import json, os, shutil, sqlite3, subprocess, sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ class Workspace:
     def copy(self, folder):
         "The same with all its results, elsewhere; its MLflow store, which holds absolute paths, knows that it was moved."
         shutil.copytree(self.folder, folder, symlinks=True)
-        with sqlite3.connect(Path(folder)/"data/mlflow/mlflow.db") as db:
+        with closing(sqlite3.connect(Path(folder)/"data/mlflow/mlflow.db")) as db, db:
             for place in ("experiments.artifact_location", "runs.artifact_uri"):
                 table, column = place.split(".")
                 db.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(self.folder.resolve()), str(Path(folder).resolve())))
