@@ -10,6 +10,7 @@ from nbs_lib.registry import find
 from nbs_lib.store import asking, connect, mlflow
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = "nbs_lib/", "notebooks/"
 
 
 def attached(uri, run_id, folder):
@@ -59,17 +60,20 @@ def bring_data(folder):
     bring = ("pull",) if remote and not remote.startswith("No default") else ("checkout",)
     if own and not dvc(folder, *bring, *own): raise WrongCall(f"{', '.join(own)}: the data is neither in DVC's cache nor in a remote")
     if not dvc(folder, *bring, "fetch", quiet=True) and not dvc(folder, "repro", "--force", "--single-item", "fetch"): raise WrongCall("the stage fetch failed")
-    status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", "ingest"], cwd=folder, capture_output=True, text=True).stdout
-    deps = [d for change in json.loads(status or "{}").get("ingest", []) if isinstance(change, dict) for d in change.get("changed deps", {})]
-    if changed := [d for d in deps if not d.startswith(("nbs_lib", "notebooks"))]:
+    status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], cwd=folder, capture_output=True, text=True)
+    if status.returncode: raise WrongCall(f"dvc status: {status.stderr.strip().splitlines()[-1]}")
+    deps = {s: [d for c in changes if isinstance(c, dict) for d in c.get("changed deps", {})] for s, changes in json.loads(status.stdout).items()}
+    if changed := [d for d in deps.get("ingest", []) if not d.startswith(CODE)]:
         raise WrongCall(f"{', '.join(changed)} is not what this version was made from: part of it is neither in git nor in DVC (`dvc add` keeps it)")
+    if other := sorted({d for changed in deps.values() for d in changed if d.startswith(CODE)}):
+        print(f"{', '.join(other)}: a stage ran with other code than was there when the training began; scores may differ", file=sys.stderr)
 
 
 def compare(then, now, noise):
     "What both evaluations say of each score, and whether they agree."
     before, after = read_json(then/"evaluate.json"), read_json(now/"evaluate.json")
     devices = {read_json(f/"train.json")["device"] for f in (then, now)}
-    scores = {k: dict(then=before[k], now=after[k]) for k in ("map", "map50", "map75", "right", "missed", "false_alarms")}
+    scores = {k: dict(then=before.get(k), now=after.get(k)) for k in ("map", "map50", "map75", "right", "missed", "false_alarms")}
     same = before == after
     agree = same if devices == {"cpu"} else all(abs(scores[k]["then"] - scores[k]["now"]) <= noise for k in ("map", "map50"))
     return dict(agree=agree, equal=same, devices=sorted(devices), noise=None if devices == {"cpu"} else noise, scores=scores)
@@ -77,11 +81,12 @@ def compare(then, now, noise):
 
 def reproduce(version, model, noise, folder):
     "Make a version again in a folder of its own; the comparison."
-    uri = tracking_uri(ROOT/"data/mlflow")
-    found = find(connect(uri), model, version)
-    with asking(uri): tags = connect(uri).get_run(found.run_id).data.tags
-    shutil.rmtree(folder, ignore_errors=True)
-    (kept := folder/"kept").mkdir(parents=True)
+    uri, kept = tracking_uri(ROOT/"data/mlflow"), folder/"kept"
+    with asking(uri): found = find(client := connect(uri), model, version)
+    with asking(uri): tags = client.get_run(found.run_id).data.tags
+    if folder.exists() and {p.name for p in folder.iterdir()} - {"kept", "workspace"}: raise WrongCall(f"{folder} is not empty: name a new folder")
+    for name in ("kept", "workspace"): shutil.rmtree(folder/name, ignore_errors=True)
+    kept.mkdir(parents=True)
     attached(uri, found.run_id, kept)
     lay_out(tags, kept, here := folder/"workspace")
     bring_data(here)

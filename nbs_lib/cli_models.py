@@ -69,14 +69,14 @@ def gate(
     model: Model = None,
     as_json: Json = False,
 ):
-    "Judge a version beside the champion on the same pictures, and promote it where it passes. Status 1: refused."
+    "Judge a version beside the champion on the same pictures, and promote it where it passes. Status 3: refused."
     from nbs_lib.gate import gate
     client, name = _registry(model)
     data, version = workspace()/'data', version or _candidate(client, name)
     with redirect_stdout(sys.stderr):
         kept = gate(client.tracking_uri, name, version, data/'processed', section_of('evaluate'), data/'cache/gate', _who(), **section_of('gate'))
-    print(json.dumps(kept, ensure_ascii=False) if as_json else f"version {kept['version']} {kept['text']}" + '' if kept['new'] else kept['text'])
-    raise typer.Exit(not kept['promoted'])
+    print(json.dumps(kept, ensure_ascii=False) if as_json else f"version {kept['version']} {kept['text']}")
+    raise typer.Exit(0 if kept['promoted'] else 3)  # 1 is what a program that breaks down ends with
 
 # %% ../notebooks/api/39_cli_models.ipynb #promote
 @models_app.command()

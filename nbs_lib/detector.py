@@ -7,7 +7,7 @@ __all__ = ['OURS', 'REFUSED', 'COLUMNS', 'ultralytics', 'open_model', 'check_set
            'train', 'Detector', 'load', 'predict']
 
 # %% ../notebooks/api/20_detector.ipynb #imports
-import atexit, csv, hashlib, inspect, json, logging, os, shutil, sys, tempfile
+import atexit, csv, hashlib, inspect, json, logging, os, secrets, shutil, sys, tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -87,8 +87,8 @@ class Watch:
         tree: Path, # folder that `split` made
         work: Path, # folder for the checkpoints
         log=None,   # as for `train`
-        about=(),   # arguments of `log.start`
-    ): self.tree, self.work, self.log, self.about, self.bar = tree, work, log, about, None
+        known=None, # what `log.start` is told
+    ): self.tree, self.work, self.log, self.known, self.bar = tree, work, log, known, None
 
     def on_train_start(self, trainer):
         from ultralytics.utils import RANK
@@ -99,7 +99,7 @@ class Watch:
                 raise RuntimeError(f'ultralytics took {taken} of {given} {part} pictures; ingest should have rejected the others')
         batches = len(trainer.train_loader)
         self.bar = tqdm(total=trainer.epochs * batches, initial=trainer.start_epoch * batches, desc='training', unit='batch', disable=RANK > 0 or None)
-        if self.log is not None and RANK < 1: self.log.start(*self.about)
+        if self.log is not None and RANK < 1: self.log.start(self.known)
 
     def on_train_batch_end(self, trainer): self.bar.update()
 
@@ -181,7 +181,7 @@ def train(
     tree: Path,       # folder that `split` made
     out: Path,        # folder that gets the bundle: best.pt and model.json
     work: Path,       # folder for checkpoints; those of the last training stay there until another one begins
-    log=None,         # is told of it: log.start(known, resumed), log.epoch(values), log.end(known, report); known: hashes of data and params
+    log=None,         # is told of it: log.start(known), log.epoch(values), log.end(known, report); known: training, data, params
     *,
     model: str,       # as for `open_model`
     imgsz: int,       # side of the square a picture is brought to [pixels], a multiple of 32
@@ -202,12 +202,19 @@ def train(
     known = dict(data=data_hash(tree), params=_hash(model, _file_hash(model), chosen))
     with _alone(work, _key(tree, model, chosen)) as folder:
         if not resume: shutil.rmtree(folder, ignore_errors=True)
-        _fit(yolo, tree, folder, device, chosen, log, known)
+        this = dict(known, training=_training(folder))
+        _fit(yolo, tree, folder, device, chosen, log, this)
         report, curves = _outcome(folder, Path(out), model, imgsz, device, known)
-    if log is not None: log.end(known, report)
+    if log is not None: log.end(this, report)
     return report, curves
 
-def _fit(yolo, tree, folder, device, chosen, log, known):
+def _training(folder):
+    "A name for this one training, which stays with its checkpoints."
+    if not (file := folder/'training').exists():
+        with replacing(file) as tmp: tmp.write_text(secrets.token_hex(8))
+    return file.read_text()
+
+def _fit(yolo, tree, folder, device, chosen, log, this):
     "Train to the end, from the last checkpoint where there is one."
     before, run = _checkpoints(folder)[-1:], folder/'run'
     if before and before[0].name.endswith('-last'): return print('this training was finished before; train.resume: false would train anew')
@@ -218,7 +225,7 @@ def _fit(yolo, tree, folder, device, chosen, log, known):
         (folder/'resumed').touch()
         print(f'going on after epoch {int(before[0].name[6:])}', flush=True)
         yolo, chosen = open_model(run/'weights/last.pt'), dict(resume=True)
-    watch = Watch(tree, folder, log, (known, bool(before)))
+    watch = Watch(tree, folder, log, this)
     for event in watch.EVENTS: yolo.add_callback(event, getattr(watch, event))
     yolo.train(**same, **chosen)
 

@@ -20,7 +20,7 @@ from .config import WrongCall, coerce, nearest
 from .detector import load, predict
 from .draw import show_gate
 from .metrics import Matched, bootstrap as resample, coco_form, interval, match_coco
-from .registry import champion, download, find, history, promote
+from .registry import champion, download, find, history, promote, versions
 from .store import asking, connect
 
 # %% ../notebooks/api/33_gate.ipynb #rules
@@ -232,22 +232,25 @@ def gate(
         while True:
             candidate, holder = find(client, name, version), champion(client, name)
             if said := _settled(client, candidate, holder): return said
-            key, kept = _key(candidate, holder, tree, predicting, rules), json.loads(candidate.tags.get('gate', '{}'))
+            key, kept = _key(candidate, holder, tree, predicting, rules), _kept(candidate)
             if new := kept.get('key') != key:
                 judged = _judged(client, candidate, holder, tree, predicting, work, rules)
                 kept = _keep(client, candidate, holder, key, who, *judged)
-            if (now := champion(client, name)) and now.version != kept['champion']: continue  # another process promoted meanwhile
+            now, kept = champion(client, name), dict(kept, champion=holder and holder.version)
+            if now and now.version != kept['champion']: continue  # another process promoted meanwhile
             if kept['promoted']: promote(client, name, candidate.version, why=kept['text'][:1000], who=who, kind='gate', decision=kept)
             return dict(kept, new=new)
 
 def _settled(client, candidate, holder):
     "What there is to say without judging."
     said = dict(key=None, version=candidate.version, champion=holder and holder.version, new=False)
-    if holder and holder.version == candidate.version: return dict(said, promoted=True, text=f'version {candidate.version} is champion')
-    moves = [e for e in history(client, candidate.name) if candidate.version in (e['version'], e['before'])]
-    if moves and moves[-1]['before'] == candidate.version and moves[-1]['kind'] != 'gate':
-        text = 'refused: version {before} made way for version {version} ({kind}, {when:.10}, {who}: {why}); `nbs promote {before} --why …` brings it back'
-        return dict(said, promoted=False, text=text.format(**moves[-1]))
+    if holder and holder.version == candidate.version: return dict(said, promoted=True, text='is champion')
+    weights = candidate.tags.get('nbs.model', candidate.version)  # which other thresholds or exports do not change
+    same = {v.version for v in versions(client, candidate.name) if v.tags.get('nbs.model', v.version) == weights}
+    moves = [e for e in history(client, candidate.name) if (e['version'] in same) != (e['before'] in same)]
+    if moves and moves[-1]['before'] in same and moves[-1]['kind'] != 'gate':
+        text = 'refused: version {before} made way for version {version} ({kind}, {when:.10}, {who}: {why}); `nbs promote {candidate} --why …` brings it back'
+        return dict(said, promoted=False, text=text.format(candidate=candidate.version, **moves[-1]))
 
 # %% ../notebooks/api/33_gate.ipynb #keep
 def _key(candidate, holder, tree, predicting, rules):
@@ -256,11 +259,16 @@ def _key(candidate, holder, tree, predicting, rules):
     whole = json.dumps([bundles, _test_hash(tree, predicting['part']), _how(predicting), rules], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
+def _kept(version):
+    "The decision that a version's tag tells; nothing where somebody wrote something else there."
+    try: kept = json.loads(version.tags.get('gate', ''))
+    except ValueError: kept = None
+    return kept if isinstance(kept, dict) else {}
+
 def _judged(client, candidate, holder, tree, predicting, work, rules):
-    "The decision, and the hash of the pictures that the champion was judged on when it was promoted; None where it was not."
+    "The decision, and the hash of the pictures that the champion was judged on last; None where it was not."
     bundles = [v and download(client, v.name, v.version, Path(work)/what) for what, v in (('champion', holder), ('candidate', candidate))]
-    entries = [e['decision'] for e in history(client, candidate.name) if holder and e['version'] == holder.version and e['decision']]
-    return compare(*bundles, tree, predicting, **rules), entries[-1]['test'] if entries else None
+    return compare(*bundles, tree, predicting, **rules), _kept(holder).get('test') if holder else None
 
 def _keep(client, candidate, holder, key, who, decision, before):
     "Write a decision into the candidate's run, and in short on its version; the short form."

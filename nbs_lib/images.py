@@ -7,7 +7,7 @@ __all__ = ['FLIPS', 'FORMATS', 'KEPT', 'Refused', 'Picture', 'turn_boxes', 'deco
            'decode_file', 'impression', 'rules']
 
 # %% ../notebooks/api/02_images.ipynb #imports
-import hashlib, inspect, io
+import hashlib, inspect, io, stat
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -121,7 +121,8 @@ def read_picture(
     "The content of a file that may be a picture."
     path = Path(path)
     try:
-        if (n := path.stat().st_size) > 8 * max_pixels: return Refused('too_many_pixels', f'{n} bytes, more than {max_pixels} pixels can need')
+        if not stat.S_ISREG((about := path.stat()).st_mode): return Refused('unreadable_image', 'cannot be read: not a file')
+        if (n := about.st_size) > 8 * max_pixels: return Refused('too_many_pixels', f'{n} bytes, more than {max_pixels} pixels can need')
         return path.read_bytes()
     except OSError as e: return Refused('unreadable_image', f'cannot be read: {e.strerror}')
 

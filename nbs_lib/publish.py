@@ -6,17 +6,17 @@
 __all__ = ['Made', 'checked', 'bundle', 'publish']
 
 # %% ../notebooks/api/32_publish.ipynb #imports
-import csv, hashlib, json, shutil, tempfile, time
+import csv, hashlib, json, shutil, socket, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from filelock import FileLock
 from .config import WrongCall, read_json, read_yaml, write_json
 from .detector import data_hash
 from .package import package
-from .registry import register, versions
+from .registry import register, stored, versions
 from .runtimes import check_formats, export
 from .store import asking, connect, experiment, mlflow
-from .tracking import find_run, flat, metric, origin
+from .tracking import attach, find_run, flat, metric, origin
 
 # %% ../notebooks/api/32_publish.ipynb #made
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def checked(
     for name in ('train', 'evaluate'):
         if not (made.reports/f'{name}.json').is_file(): raise WrongCall(f'{made.reports} holds no {name}.json: the model needs it; `make run` makes it')
         told[name] = read_json(made.reports/f'{name}.json')
+    _same_run(made)
     for name, key in (('train', 'tensors'), ('evaluate', 'model')):
         if told[name].get(key) != told['model']['tensors']:
             raise WrongCall(f"{made.reports/f'{name}.json'} speaks of other weights than {made.models}: `make run` brings them together")
@@ -58,6 +59,18 @@ def checked(
         raise WrongCall(f'{made.models} was trained from other data than lies in {made.tree}: `make run` brings them together')
     with open(made.reports/'curves.csv', newline='') as f: rows = list(csv.DictReader(f))
     return dict(told, curves={k: [float(r[k]) for r in rows] for k in (rows[0] if rows else ())})
+
+def _same_run(made):
+    "Raise `WrongCall` where params.yaml or a report is not what dvc.lock speaks of: it was changed since, or the last run did not end."
+    params, stages = read_yaml(made.params), read_yaml(made.lock).get('stages', {}) if made.lock.is_file() else {}
+    for name, stage in stages.items():
+        for section, values in stage.get('params', {}).get(made.params.name, {}).items():
+            if params.get(section) != values:
+                raise WrongCall(f'{made.params}: the section {section} is not the one that the stage {name} ran with: `make run` brings them together')
+        for out in stage.get('outs', ()):
+            file = made.lock.parent/out['path']
+            if file.is_file() and hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != out.get('md5'):
+                raise WrongCall(f"{file} is not what the stage {name} wrote: `make run` makes it anew")
 
 # %% ../notebooks/api/32_publish.ipynb #bundle
 def bundle(
@@ -82,10 +95,11 @@ def _run(client, experiment, made, told):
     "The run of a training, and whether it had to be made."
     known = {f'nbs.{k}': told['model'][k] for k in ('data', 'params')}
     weights = {'nbs.model': told['model']['tensors']}
-    if run := find_run(client, experiment, known | weights) or find_run(client, experiment, known | {'nbs.model': None}): return run, False
+    begun = known | {'nbs.host': socket.gethostname(), 'nbs.model': None}  # here: elsewhere, somebody may be training the same
+    if run := find_run(client, experiment, known | weights) or find_run(client, experiment, begun): return run, False
     tags = origin('nbs publish', made.code) | {'mlflow.source.type': 'LOCAL', 'nbs.recreated': 'true'} | known | weights
     run = client.create_run(experiment, tags=tags, run_name=made.name)
-    if made.code['patch']: client.log_text(run.info.run_id, made.code['patch'], 'code.patch')
+    if made.code['patch']: attach(client, run.info.run_id, 'code.patch', made.code['patch'])
     return run, True
 
 def _numbers(told):
@@ -148,7 +162,9 @@ def _version(client, run, made, model, exports):
     with tempfile.TemporaryDirectory(dir=made.work) as tmp:
         (folder := Path(tmp)/'bundle').mkdir()
         mark = bundle(made, folder, exports)
-        if known := [v for v in versions(client, model) if v.tags.get('nbs.bundle') == mark]: return known[-1].version, False
+        if known := [v for v in versions(client, model) if v.tags.get('nbs.bundle') == mark]:
+            if stored(client, known[-1]): return known[-1].version, False
+            raise WrongCall(f'version {known[-1].version} of {model!r} has lost its artifacts: delete it in MLflow, then `nbs publish` makes it anew')
         tags = {'nbs.bundle': mark, **{k: run.data.tags[k] for k in ('nbs.data', 'nbs.model') if k in run.data.tags}}
         id = _logged(client, run, mark) or _log(client, run, model, folder, Path(tmp)/'model', exports, tags)
         version = register(client, model, run.info.run_id, f'models:/{id}', tags).version
@@ -158,7 +174,8 @@ def _version(client, run, made, model, exports):
 def _logged(client, run, mark):
     "The id of a logged model that a stopped publishing left whole; halves of one are deleted."
     for m in client.search_logged_models([run.info.experiment_id], f"tags.`nbs.bundle` = '{mark}'"):
-        if m.status == mlflow().entities.LoggedModelStatus.READY: return m.model_id
+        whole = m.status == mlflow().entities.LoggedModelStatus.READY and client.list_logged_model_artifacts(m.model_id)
+        if whole: return m.model_id
         client.delete_logged_model(m.model_id)
 
 def _log(client, run, name, folder, out, exports, tags):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from .config import WrongCall, nearest, read_json, read_yaml, replacing, write_json
-from .store import asking, mlflow
+from .store import asking, mlflow, shown
 
 # %% ../notebooks/api/30_registry.ipynb #ask
 BUSY = re.compile('database is locked|UNIQUE constraint|IntegrityError|duplicate key|deadlock|could not serialize|503 error')
@@ -91,7 +91,7 @@ def _source(client, uri):
     "What the store takes as the source of a version. Asked in this process, MLflow would look for a logged model in its default store."
     id = uri.removeprefix('models:/')
     if client.tracking_uri.startswith('http'): return uri, id
-    if not (model := _ask(client, 'get_logged_model', id)): raise WrongCall(f'{client.tracking_uri} has no logged model {id}')
+    if not (model := _ask(client, 'get_logged_model', id)): raise WrongCall(f'{shown(client.tracking_uri)} has no logged model {id}')
     return model.artifact_location, id
 
 # %% ../notebooks/api/30_registry.ipynb #history
@@ -156,7 +156,7 @@ def find(
 ) -> Version:
     "One version. Raises `WrongCall` where there is none of that name, and names what there is."
     known, text = versions(client, name), str(version).strip()
-    if not known: raise WrongCall(f'no version of {name!r} is registered in {client.tracking_uri}: `make run` trains and publishes one')
+    if not known: raise WrongCall(f'no version of {name!r} is registered in {shown(client.tracking_uri)}: `make run` trains and publishes one')
     if text == 'latest': return known[-1]
     if text == ALIAS:
         if best := champion(client, name): return best

@@ -68,9 +68,9 @@ def _check(detector, run, format):
     net, side = detector.yolo.model.eval(), detector.imgsz
     x = np.random.default_rng(0).random((2, 3, side, side + 32), np.float32)
     with torch.no_grad(): truth = net(torch.from_numpy(x))[0].numpy()
-    for ours, theirs in zip(truth, run(x)):  # (4 + classes, n): centre, width, height, a score for each class
+    for ours, theirs in zip(truth, run(x), strict=True):  # (4 + classes, n): centre, width, height, a score for each class
         top = np.argsort(-ours[4:].max(0), kind='stable')[:200]
         ours, theirs = ours[:, top].T, theirs[:, top].T
         near = overlap(from_yolo(ours[:, :4]), from_yolo(theirs[:, :4])).diagonal()[(ours[:, 2:4] >= 1).all(1)].min(initial=1)
-        if near < .99 or abs(ours - theirs)[:, 4:].max() > .01:
+        if not (near >= .99 and abs(ours - theirs)[:, 4:].max() <= .01):  # also where they are no numbers
             raise WrongCall(f'the export to {format} does not find the boxes that torch finds (IoU {near:.2f}); nothing was written')

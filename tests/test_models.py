@@ -306,13 +306,13 @@ def test_the_gate_and_back(three, tmp_path):
     first, better = (json.loads(nbs("gate", n, "--json")) for n in (1, 2))
     assert (first["champion"], first["promoted"]) == (None, True)
     assert (better["champion"], better["promoted"]) == (1, True) and better["low"] > .5
-    worse = json.loads(nbs("gate", 3, "--json", status=1))
+    worse = json.loads(nbs("gate", 3, "--json", status=3))
     assert (worse["champion"], worse["promoted"]) == (2, False) and worse["high"] < -.5 and worse["text"].startswith("refused: mAP 0.0")
     assert worse["map"]["champion"] - worse["map"]["candidate"] == pytest.approx(-worse["difference"], abs=1e-6)
     for decision, run in zip((first, better, worse), (seen[k]["run"] for k in ("files", "completed", "anew"))):
         assert {f"gate/{decision['key']}.{kind}" for kind in ("json", "png")} <= {f.path for f in client.list_artifacts(run, "gate")}
         assert json.loads(Path(client.download_artifacts(run, f"gate/{decision['key']}.json")).read_text())["promoted"] == decision["promoted"]
-    again = json.loads(nbs("gate", 3, "--json", status=1))
+    again = json.loads(nbs("gate", 3, "--json", status=3))
     assert again == dict(worse, new=False)
 
     nbs("rollback", "--why", "misses cells")
@@ -323,7 +323,7 @@ def test_the_gate_and_back(three, tmp_path):
     assert (known["run_id"], known["params"]["train.epochs"], known["params"]["train.seed"]) == (seen["completed"]["run"], str(EPOCHS), "1")
     assert known["promotions"] == [entries[1]] and known["gate"]["gate"]["key"] == better["key"] and known["data"] and known["metrics"]["test/map"] == 0
     assert {"notebooks/40_train.ipynb", "notebooks/50_evaluate.html"} <= set(known["notebooks"]) and set(known["stages"]) >= {"fetch", "train", "evaluate"}
-    assert "version 2 made way for version 1 (rollback" in nbs("gate", 2, status=1) and history(client, "detector") == entries
+    assert "version 2 made way for version 1 (rollback" in nbs("gate", 2, status=3) and history(client, "detector") == entries
 
     pictures, code = sorted((workspace/"data/processed/images/test").iterdir()), """
 import json, sys, mlflow
