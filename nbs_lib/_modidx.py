@@ -419,6 +419,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nbs_lib.publish._run': ('api/publish.html#_run', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish._same_run': ('api/publish.html#_same_run', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish._stages': ('api/publish.html#_stages', 'nbs_lib/publish.py'),
+                                 'nbs_lib.publish._value': ('api/publish.html#_value', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish._version': ('api/publish.html#_version', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish.bundle': ('api/publish.html#bundle', 'nbs_lib/publish.py'),
                                  'nbs_lib.publish.checked': ('api/publish.html#checked', 'nbs_lib/publish.py'),

@@ -51,12 +51,12 @@ def checked(
     for name in ('train', 'evaluate'):
         if not (made.reports/f'{name}.json').is_file(): raise WrongCall(f'{made.reports} holds no {name}.json: the model needs it; `make run` makes it')
         told[name] = read_json(made.reports/f'{name}.json')
-    _same_run(made)
     for name, key in (('train', 'tensors'), ('evaluate', 'model')):
         if told[name].get(key) != told['model']['tensors']:
             raise WrongCall(f"{made.reports/f'{name}.json'} speaks of other weights than {made.models}: `make run` brings them together")
     if data_hash(made.tree) != told['model']['data']:
         raise WrongCall(f'{made.models} was trained from other data than lies in {made.tree}: `make run` brings them together')
+    _same_run(made)
     with open(made.reports/'curves.csv', newline='') as f: rows = list(csv.DictReader(f))
     return dict(told, curves={k: [float(r[k]) for r in rows] for k in (rows[0] if rows else ())})
 
@@ -65,12 +65,19 @@ def _same_run(made):
     params, stages = read_yaml(made.params), read_yaml(made.lock).get('stages', {}) if made.lock.is_file() else {}
     for name, stage in stages.items():
         for section, values in stage.get('params', {}).get(made.params.name, {}).items():
-            if params.get(section) != values:
+            if _value(params.get(section)) != _value(values):
                 raise WrongCall(f'{made.params}: the section {section} is not the one that the stage {name} ran with: `make run` brings them together')
         for out in stage.get('outs', ()):
             file = made.lock.parent/out['path']
             if file.is_file() and hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != out.get('md5'):
                 raise WrongCall(f"{file} is not what the stage {name} wrote: `make run` makes it anew")
+
+def _value(v):
+    "A value of YAML, whose readers do not agree on whether 1e-06 is a number."
+    if isinstance(v, dict): return {k: _value(x) for k, x in v.items()}
+    if isinstance(v, list): return [_value(x) for x in v]
+    try: return float(v) if isinstance(v, str) else v
+    except ValueError: return v
 
 # %% ../notebooks/api/32_publish.ipynb #bundle
 def bundle(
