@@ -3,8 +3,11 @@ import json, os, shutil, signal, subprocess, sys, time
 from contextlib import suppress
 from pathlib import Path
 
-import nbformat, psutil, pytest
+import nbformat, psutil, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
+
+from conftest import ROOT
+from nbs_lib.config import COMMANDS
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,6 +29,9 @@ def write(repo, name, cells, tags=("parameters",), kernel="python3"):
              *(new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(cells))]
     spec = {"name": kernel, "display_name": kernel, "language": "python"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": spec}), repo/f"notebooks/stages/{name}.ipynb")
+    if not (repo/"params.yaml").exists():
+        ours = yaml.safe_load((ROOT/"params.yaml").read_text())
+        (repo/"params.yaml").write_text(yaml.safe_dump({section: ours[section] for section in COMMANDS}))
     with open(repo/"params.yaml", "a") as params: params.write(f"{name.partition('_')[2]}: {{epochs: 1}}\n")
 
 
