@@ -7,18 +7,18 @@ from pathlib import Path
 
 from nbs_lib.config import WrongCall, params, read_json, read_yaml, tracking_uri
 from nbs_lib.registry import find
-from nbs_lib.store import asking, connect, mlflow
+from nbs_lib.store import asking, connect
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = "nbs_lib/", "notebooks/"
 
 
-def attached(uri, run_id, folder):
+def attached(client, run_id, folder):
     "Bring what the run of the version keeps into a folder: parameters, lock, reports, the patch of its code."
-    with asking(uri):
-        there = {a.path for a in connect(uri).list_artifacts(run_id)}
+    with asking(client.tracking_uri):
+        there = {a.path for a in client.list_artifacts(run_id)}
         for name in ("params.yaml", "dvc.lock", "reports", "code.patch"):
-            if name in there: mlflow().artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder), tracking_uri=uri)
+            if name in there: client.download_artifacts(run_id, name, str(folder))
     missing = sorted({"params.yaml", "dvc.lock", "reports"} - there)
     if missing: raise WrongCall(f"run {run_id} keeps no {' and no '.join(missing)}: it was never published")
 
@@ -43,24 +43,29 @@ def lay_out(tags, kept, folder):
     for name in ("params.yaml", "dvc.lock"): shutil.copyfile(kept/name, folder/name)
 
 
-def dvc(folder, *words, quiet=False):
-    "Run DVC in the folder, with its own library and its own tracking store; whether it went well."
+def dvc(folder, *words, told=True):
+    "Run DVC in the folder, with its own library and its own tracking store; what it says goes to people, or into the outcome."
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env, out = {**clean, "PATH": path, "PYTHONPATH": str(folder)}, subprocess.DEVNULL if quiet else sys.stderr
-    return not subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env=env, stdout=out, stderr=out).returncode
+    to = dict(stdout=sys.stderr) if told else dict(capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env={**clean, "PATH": path, "PYTHONPATH": str(folder)}, **to)
 
 
 def bring_data(folder):
     "The raw data as it was: from DVC's cache, from the remote where there is one, and only then from where it once came."
     if (ROOT/".dvc/config.local").is_file(): shutil.copyfile(ROOT/".dvc/config.local", folder/".dvc/config.local")
-    dvc(folder, "cache", "dir", "--local", str(ROOT/".dvc/cache"), quiet=True)
+    dvc(folder, "cache", "dir", "--local", dvc(ROOT, "cache", "dir", told=False).stdout.strip(), told=False)
     own = [str(p.relative_to(folder)) for p in sorted((folder/"data/raw").rglob("*.dvc"))]
-    remote = subprocess.run([sys.executable, "-m", "dvc", "remote", "default"], cwd=folder, capture_output=True, text=True).stdout.strip()
-    bring = ("pull",) if remote and not remote.startswith("No default") else ("checkout",)
-    if own and not dvc(folder, *bring, *own): raise WrongCall(f"{', '.join(own)}: the data is neither in DVC's cache nor in a remote")
-    if not dvc(folder, *bring, "fetch", quiet=True) and not dvc(folder, "repro", "--force", "--single-item", "fetch"): raise WrongCall("the stage fetch failed")
-    status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], cwd=folder, capture_output=True, text=True)
+    bring = "pull" if dvc(folder, "remote", "default", told=False).returncode == 0 else "checkout"
+    if own and dvc(folder, bring, *own).returncode: raise WrongCall(f"{', '.join(own)}: the data is neither in DVC's cache nor in a remote")
+    if dvc(folder, bring, "fetch", told=False).returncode and dvc(folder, "repro", "--force", "--single-item", "fetch").returncode:
+        raise WrongCall("the stage fetch failed")
+    check_deps(folder)
+
+
+def check_deps(folder):
+    "Refuse data that is not what the version was made from; tell of code that is not."
+    status = dvc(folder, "status", "--json", told=False)
     if status.returncode: raise WrongCall(f"dvc status: {status.stderr.strip().splitlines()[-1]}")
     deps = {s: [d for c in changes if isinstance(c, dict) for d in c.get("changed deps", {})] for s, changes in json.loads(status.stdout).items()}
     if changed := [d for d in deps.get("ingest", []) if not d.startswith(CODE)]:
@@ -82,16 +87,18 @@ def compare(then, now, noise):
 def reproduce(version, model, noise, folder):
     "Make a version again in a folder of its own; the comparison."
     uri, kept = tracking_uri(ROOT/"data/mlflow"), folder/"kept"
-    with asking(uri): found = find(client := connect(uri), model, version)
-    with asking(uri): tags = client.get_run(found.run_id).data.tags
+    with asking(uri):
+        found = find(client := connect(uri), model, version)
+        tags = client.get_run(found.run_id).data.tags
     if folder.exists() and {p.name for p in folder.iterdir()} - {"kept", "workspace"}: raise WrongCall(f"{folder} is not empty: name a new folder")
     for name in ("kept", "workspace"): shutil.rmtree(folder/name, ignore_errors=True)
     kept.mkdir(parents=True)
-    attached(uri, found.run_id, kept)
+    attached(client, found.run_id, kept)
     lay_out(tags, kept, here := folder/"workspace")
     bring_data(here)
     stages = [s for s in read_yaml(here/"dvc.yaml")["stages"] if s != "fetch"]
-    if not dvc(here, "repro", "--force", "--single-item", *stages): raise WrongCall(f"the pipeline failed: its notebooks lie in {here/'data/runs/latest'}")
+    if dvc(here, "repro", "--force", "--single-item", *stages).returncode:
+        raise WrongCall(f"the pipeline failed: its notebooks lie in {here/'data/runs/latest'}")
     return dict(version=found.version, folder=str(here), **compare(kept/"reports", here/"data/reports", noise))
 
 

@@ -241,7 +241,9 @@ def show_gate(
     fails = lambda n: rows[n]['floor'] is None or (rows[n]['candidate'] or 0) < rows[n]['floor']
     first = not any('champion' in v for v in rows.values())
     shown = sorted(sorted(rows, key=lambda n: (not fails(n), change[n] if first else -abs(change[n])))[:most], key=lambda n: change[n])
-    fig, axes = plt.subplots(1, 1 + bool(len(draws)), figsize=(5 + 5 * bool(len(draws)), 1.6 + max(2, .2 * len(shown))), squeeze=False, layout='constrained')
+    panels = 1 + bool(len(draws))
+    fig = Figure((5 * panels, 1.6 + max(2, .2 * len(shown))), layout='constrained')  # not pyplot's, which would keep it for good
+    axes = fig.subplots(1, panels, squeeze=False)
     fig.suptitle(textwrap.fill(title, 68 * axes.size), fontsize=8, parse_math=False)
     if len(draws): _show_draws(axes[0, 0], draws, numbers['low'], numbers['high'], numbers['tolerance'])
     _show_changes(axes[0, -1], {n: rows[n] for n in shown}, len(rows), first)

@@ -6,7 +6,7 @@
 __all__ = ['Rules', 'Side', 'Decision', 'weigh', 'compare', 'gate']
 
 # %% ../notebooks/api/33_gate.ipynb #imports
-import hashlib, json
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 from .boxes import Sample
 from .coco import load_coco
-from .config import WrongCall, coerce, nearest
+from .config import WrongCall, coerce, digest, file_digest, nearest
 from .detector import load, predict
 from .draw import show_gate
 from .metrics import Matched, bootstrap as resample, coco_form, interval, match_coco
@@ -167,28 +167,21 @@ def weigh(
 
 # %% ../notebooks/api/33_gate.ipynb #compare
 def compare(
-    champion: Path,        # folder of its bundle; None: there is none yet
-    candidate: Path,       # folder of its bundle
-    tree: Path,            # folder that `split` made
-    predicting: dict,      # part, device, batch, iou and max_det, as of `evaluate`; other keys are not used
-    *,
-    tolerance: float,      # how far the lower end of the interval of the difference in map may lie below 0, in [0, 1]
-    min_map: float,        # least map of a first model
-    floor: float,          # least map of any class
-    floors: dict,          # class name → least map, in place of `floor`
-    min_pictures: int,     # least pictures to judge on
-    min_new_class: float,  # least map of a class that the champion does not know, in place of `floor`
-    bootstrap: int,        # resamples behind the interval
+    champion: Path,    # folder of its bundle; None: there is none yet
+    candidate: Path,   # folder of its bundle
+    tree: Path,        # folder that `split` made
+    predicting: dict,  # part, device, batch, iou and max_det, as of `evaluate`; other keys are not used
+    rules: Rules,      # what the candidate must meet
 ) -> Decision:
-    "Judge a candidate. Raises `WrongCall` for a setting out of its range, a part, class or bundle that is not there, before anything is predicted."
-    rules, how = Rules(tolerance, min_map, floor, floors, min_pictures, min_new_class, bootstrap), _how(predicting)
+    "Judge a candidate. Raises `WrongCall` for a part, class or bundle that is not there, before anything is predicted."
+    how = _how(predicting)
     file = Path(tree)/f"{how['part']}.json"
     samples, names, _ = load_coco(file, Path(tree)/'images'/how['part'])
     sides = [b and _side(what, Path(b), how) for what, b in (('champion', champion), ('candidate', candidate))]
     decision = weigh(samples, names, *sides, rules)
-    return replace(decision, numbers=dict(test=_test_hash(tree, how['part']), **decision.numbers, predicting=how))
+    return replace(decision, numbers=dict(test=_test_digest(tree, how), **decision.numbers, predicting=how))
 
-def _test_hash(tree, part): return hashlib.sha256((Path(tree)/f'{part}.json').read_bytes()).hexdigest()[:16]
+def _test_digest(tree, how): return file_digest(Path(tree)/f"{how['part']}.json")
 
 # %% ../notebooks/api/33_gate.ipynb #bundle-side
 def _how(predicting):
@@ -216,16 +209,16 @@ def gate(
     work: Path,            # folder for the two bundles
     who: str,              # such as ann@lab
     *,
-    tolerance: float,      # as of `compare`
-    min_map: float,        # as of `compare`
-    floor: float,          # as of `compare`
-    floors: dict,          # as of `compare`
-    min_pictures: int,     # as of `compare`
-    min_new_class: float,  # as of `compare`
-    bootstrap: int,        # as of `compare`
+    tolerance: float,      # as of `Rules`
+    min_map: float,        # as of `Rules`
+    floor: float,          # as of `Rules`
+    floors: dict,          # as of `Rules`
+    min_pictures: int,     # as of `Rules`
+    min_new_class: float,  # as of `Rules`
+    bootstrap: int,        # as of `Rules`
 ) -> dict:                 # key, version, champion, promoted, text, new: whether it was decided now; a judgement's numbers in short
     "Judge a candidate beside the champion, keep the decision, promote where it passed. Raises what `compare`, `find` and `champion` raise."
-    rules = asdict(Rules(tolerance, min_map, floor, floors, min_pictures, min_new_class, bootstrap))
+    rules = Rules(tolerance, min_map, floor, floors, min_pictures, min_new_class, bootstrap)
     Path(work).mkdir(parents=True, exist_ok=True)
     with FileLock(Path(work)/'gate.lock'), asking(uri):
         client = connect(uri)
@@ -256,8 +249,7 @@ def _settled(client, candidate, holder):
 def _key(candidate, holder, tree, predicting, rules):
     "A name for exactly this judgement: 16 hex digits."
     bundles = [v and (v.tags.get('nbs.bundle') or v.version) for v in (candidate, holder)]
-    whole = json.dumps([bundles, _test_hash(tree, predicting['part']), _how(predicting), rules], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return digest(bundles, _test_digest(tree, predicting), _how(predicting), asdict(rules))
 
 def _kept(version):
     "The decision that a version's tag tells; nothing where somebody wrote something else there."
@@ -268,7 +260,7 @@ def _kept(version):
 def _judged(client, candidate, holder, tree, predicting, work, rules):
     "The decision, and the hash of the pictures that the champion was judged on last; None where it was not."
     bundles = [v and download(client, v.name, v.version, Path(work)/what) for what, v in (('champion', holder), ('candidate', candidate))]
-    return compare(*bundles, tree, predicting, **rules), _kept(holder).get('test') if holder else None
+    return compare(*bundles, tree, predicting, rules), _kept(holder).get('test') if holder else None
 
 def _keep(client, candidate, holder, key, who, decision, before):
     "Write a decision into the candidate's run, and in short on its version; the short form."

@@ -6,10 +6,10 @@
 __all__ = ['code_state', 'link', 'linked', 'flat', 'metric', 'user', 'origin', 'find_run', 'attach', 'Run', 'Live']
 
 # %% ../notebooks/api/30_tracking.ipynb #imports
-import atexit, getpass, hashlib, os, queue, shutil, socket, sys, tempfile, threading, time
+import atexit, getpass, os, queue, shutil, socket, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
-from .config import read_json, write_json
+from .config import file_digest, read_json, write_json
 from .store import asking, connect, embedded, experiment, mlflow, shown
 
 # %% ../notebooks/api/30_tracking.ipynb #code-state
@@ -18,8 +18,10 @@ def code_state(
     made: list,  # paths below it whose changes do not count
 ) -> dict:       # commit: hash, or None without git; dirty: whether it was changed; patch: how, bytes for `git apply`, None where they are over 2 MB
     "The code as it lies there."
+    nothing = dict(commit=None, dirty=False, patch=None)
+    try: import git
+    except ImportError: return nothing  # git itself is not there
     try:
-        import git  # raises where git itself is not there
         repo, left = git.Repo(root), [f':!{p}' for p in made]
         commit = repo.head.commit.hexsha
         new = repo.git.ls_files('-z', '--others', '--exclude-standard', '--', '*.py', '*.ipynb', '*.dvc', *left).split('\0')
@@ -28,8 +30,7 @@ def code_state(
             shutil.copyfile(Path(repo.git_dir, 'index'), f'{tmp}/index')
             if new: repo.git.add('--intent-to-add', '--', *new)
             patch = repo.git.diff('HEAD', '--binary', '--no-color', '--no-ext-diff', '--', '.', *left, strip_newline_in_stdout=False, stdout_as_string=False)
-    except (ImportError, ValueError, OSError): return dict(commit=None, dirty=False, patch=None)
-    except git.GitError: return dict(commit=None, dirty=False, patch=None)
+    except (git.GitError, ValueError, OSError): return nothing
     return dict(commit=commit, dirty=bool(patch), patch=patch if len(patch) <= 2 << 20 else None)
 
 # %% ../notebooks/api/30_tracking.ipynb #linked
@@ -50,7 +51,7 @@ def linked(
     notebook = (Path(links)/read_json(place)['notebook']).resolve()
     return notebook if notebook.is_file() else None
 
-def _place(report, links): return Path(links)/f'{Path(report).stem}-{hashlib.sha256(Path(report).read_bytes()).hexdigest()[:16]}.json'
+def _place(report, links): return Path(links)/f'{Path(report).stem}-{file_digest(report)}.json'
 
 # %% ../notebooks/api/30_tracking.ipynb #names
 def flat(

@@ -1,6 +1,5 @@
 "What tests share: copies of the workspace, its commands, and the folder of real pictures."
-import json, os, shutil, sqlite3, subprocess, sys
-from contextlib import closing
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,8 @@ class Workspace:
     def __truediv__(self, path): return self.folder/path
 
     def copy(self, folder):
-        "The same with all its results, elsewhere; its MLflow store, which holds absolute paths, knows that it was moved."
+        "The same with all its results, elsewhere."
         shutil.copytree(self.folder, folder, symlinks=True)
-        with closing(sqlite3.connect(Path(folder)/"data/mlflow/mlflow.db")) as db, db:
-            for place in ("experiments.artifact_location", "runs.artifact_uri"):
-                table, column = place.split(".")
-                db.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(self.folder.resolve()), str(Path(folder).resolve())))
         return Workspace.at(folder)
 
     @classmethod

@@ -214,7 +214,7 @@ HOW = dict(part="test", device="cpu", batch=8, iou=.7, max_det=8)
 
 def test_bundles(bundles, tmp_path):
     "From folder to verdict: without a champion, against itself, with pictures that one side saw."
-    judge = lambda *sides, **rules: compare(*sides, bundles/"tree", HOW, **USUAL | rules)
+    judge = lambda *sides, **rules: compare(*sides, bundles/"tree", HOW, Rules(**USUAL | rules))
     model, champion = bundles/"model", tmp_path/"champion"
     first = judge(None, model)
     assert first.promoted and .1 < first.numbers["map"]["candidate"] < 1 and len(first.numbers["test"]) == 16
@@ -236,7 +236,8 @@ def test_a_champion_that_does_not_load(bundles, tmp_path, what, broken):
     "One clear line, before anything is predicted."
     shutil.copytree(bundles/"model", tmp_path/"champion")
     broken(tmp_path/"champion"/what)
-    with pytest.raises(WrongCall, match="^the champion does not load: .*") as said: compare(tmp_path/"champion", bundles/"model", bundles/"tree", HOW, **USUAL)
+    with pytest.raises(WrongCall, match="^the champion does not load: .*") as said:
+        compare(tmp_path/"champion", bundles/"model", bundles/"tree", HOW, Rules(**USUAL))
     assert "\n" not in str(said.value) and str(tmp_path) in str(said.value)
 
 
@@ -244,4 +245,4 @@ def test_a_champion_that_does_not_load(bundles, tmp_path, what, broken):
     ({}, dict(tolerance=1.5), "gate.tolerance"), ({}, dict(floors={"0": 2}), "gate.floors: 0"), ({}, dict(bootstrap=0), "gate.bootstrap"),
     (dict(iou=70), {}, "evaluate.iou"), (dict(part="tset"), {}, "tset.json"), ({}, dict(floors={"80": .1}), "gate.floors names '80'")])
 def test_wrong_settings(bundles, how, rules, said):
-    with pytest.raises(WrongCall, match=said): compare(None, bundles/"model", bundles/"tree", HOW | how, **USUAL | rules)
+    with pytest.raises(WrongCall, match=said): compare(None, bundles/"model", bundles/"tree", HOW | how, Rules(**USUAL | rules))
