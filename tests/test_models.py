@@ -273,6 +273,7 @@ def three(_finished, tmp_path_factory):
     finally: server.kill(); nbs.close()
 
 
+@pytest.mark.xdist_group("three")  # or each worker would train three times
 def test_three_trainings_are_three_runs(three):
     workspace, server, nbs, seen = three
     client = connect(server.uri)
@@ -297,6 +298,7 @@ def test_three_trainings_are_three_runs(three):
     assert again == dict(seen["files"], made=False, registered=False, changed=False) and len(runs(client)) == len(versions(client, "detector")) == 3
 
 
+@pytest.mark.xdist_group("three")
 def test_the_gate_and_back(three, tmp_path):
     "The test's boxes are what the second model finds: no training of seconds has more to be right about."
     workspace, server, nbs, seen = three
