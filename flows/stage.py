@@ -142,7 +142,8 @@ def execute(notebook, executed, given):
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
-    config = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns that it is open to eavesdropping
+    # Else each kernel warns that it is open to eavesdropping, and some complain of the interrupt that ends them.
+    config = Config(KernelManager={"transport_encryption": "auto"}, NotebookClient={"extra_arguments": ["--log-level=CRITICAL"]})
     try:
         # The idle message of a cell may be late on a busy machine: the default of 4 s would end a training.
         nb = papermill.execute_notebook(notebook, executed, given, progress_bar=False, stdout_file=sys.stdout,

@@ -6,7 +6,7 @@
 __all__ = ['QUIET', 'PATHS', 'mlflow', 'asking', 'shown', 'connect', 'embedded', 'experiment']
 
 # %% ../notebooks/api/29_store.ipynb #imports
-import logging, os, re, sqlite3, sys
+import logging, os, re, sqlite3
 from contextlib import closing, contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -17,9 +17,8 @@ QUIET = dict(MLFLOW_DISABLE_TELEMETRY='true', MLFLOW_HTTP_REQUEST_MAX_RETRIES='2
              MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR='false', MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT='true')
 
 def mlflow():
-    "The package, quiet and with bounded patience."
-    if 'mlflow' not in sys.modules:
-        for name, value in QUIET.items(): os.environ.setdefault(name, value)
+    "The package, quiet and with bounded patience; also where somebody imported it before, since it looks at most of this at each call."
+    for name, value in QUIET.items(): os.environ.setdefault(name, value)
     import mlflow as package
     for name in ('mlflow', 'alembic'): logging.getLogger(name).setLevel(logging.ERROR)
     return package
