@@ -5,9 +5,9 @@ DVC replaces a result that somebody changed by hand, and deletes what somebody a
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 
+from flows.home import ROOT
 from nbs_lib.config import run_id
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("data/runs")
 MOST = 100  # files that are kept: more are what a stopped stage left, not what a person changed
 

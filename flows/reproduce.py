@@ -5,11 +5,11 @@ Its commit, what was changed in it, its parameters and its data are laid out asi
 import argparse, json, os, shutil, subprocess, sys
 from pathlib import Path
 
+from flows.home import ROOT
 from nbs_lib.config import WrongCall, params, read_json, read_yaml, tracking_uri
 from nbs_lib.registry import find
 from nbs_lib.store import asking, connect
 
-ROOT = Path(__file__).resolve().parent.parent
 CODE = "nbs_lib/", "notebooks/"
 
 

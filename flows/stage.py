@@ -11,14 +11,12 @@ from pathlib import Path
 
 import psutil
 
+from flows.home import HOME, ROOT
 from flows.reaper import find, gone, marked, reap
 from nbs_lib.config import COMMANDS, WrongCall, check_sections, environment, nearest
 from nbs_lib.tracking import link
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("data/runs")
-# A container may mount this repository at the same path: its pids mean nothing here.
-HOME = f"{os.uname().nodename}:{ROOT}"
 # nbconvert's page without the scripts that it would load from the network.
 PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in
     ("html_head_js", "jupyter_widgets", "html_head_js_mathjax", "html_head_js_mermaidjs"))

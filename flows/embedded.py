@@ -1,0 +1,12 @@
+"""Prefect's settings for a workspace on its own: `import flows.embedded` stands before prefect, which reads them once.
+
+Where PREFECT_API_URL or a profile names a server, its database is that server's own matter.
+"""
+import os
+
+from flows.home import ROOT
+
+FOLDER = ROOT/"data/prefect"
+for name, value in dict(PREFECT_SERVER_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{FOLDER/'prefect.db'}",
+                        PREFECT_SERVER_ANALYTICS_ENABLED="false").items(): os.environ.setdefault(name, value)
+FOLDER.mkdir(parents=True, exist_ok=True)
