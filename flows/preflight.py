@@ -28,7 +28,7 @@ def keep(files: list,  # relative to the root
         shutil.copyfile(file, folder/file)
 
 
-def main():
+def keep_edited():
     "Keep and tell."
     os.chdir(ROOT)
     if not (files := edited()): return
@@ -40,4 +40,4 @@ def main():
     print(f"{files[0]}{more} changed since DVC recorded it, and will be made anew: a copy {first}lies in {folder}", file=sys.stderr)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": keep_edited()

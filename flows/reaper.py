@@ -1,11 +1,41 @@
-"""The watchdog of one stage, started by its runner in a session of its own: `python -m flows.reaper TOKEN RUNNER [DVC]`.
+"""The watchdog of one runner, of a stage or of a flow, in a session of its own: `python -m flows.reaper TOKEN RUNNER [PARENT]`.
 
 Its standard input is a pipe that only the runner can write to: when the pipe ends, the runner is gone, whatever ended it.
 """
-import select, sys, time
-from contextlib import suppress
+import os, secrets, select, subprocess, sys, time
+from contextlib import contextmanager, suppress
 
 import psutil
+
+from flows.home import HOME, ROOT
+
+
+def start_reaper(token: str,    # in the environment of all that the runner, this process, will start
+                 *parents: int  # pids of processes that this one shall not outlive
+                ):
+    "Start the watchdog; leaving its `with` block ends the pipe, then waits until nothing is left of what bears the token."
+    env = {name: value for name, value in os.environ.items() if not name.startswith("NBS_STAGE_")}
+    return subprocess.Popen([sys.executable, "-m", "flows.reaper", token, str(os.getpid()), *map(str, parents)], cwd=ROOT, env=env,
+                            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def marks(token: str  # of this runner
+         ):
+    "What all that this process starts bears in its environment."
+    return dict(NBS_STAGE_TOKEN=token, NBS_STAGE_ROOT=HOME, NBS_STAGE_RUNNER=str(os.getpid()))
+
+
+@contextmanager
+def leash(*parents: int  # pids of processes that this one shall not outlive
+         ):
+    "Whatever is started inside dies with this process, and this process with its parents."
+    before, token = dict(os.environ), secrets.token_hex(8)
+    with start_reaper(token, *parents):
+        os.environ.update(marks(token))
+        try: yield
+        finally:
+            for name in marks(token): os.environ.pop(name)
+            os.environ.update({name: before[name] for name in marks(token) if name in before})
 
 
 def marked():
@@ -53,14 +83,14 @@ def pipe_ends(within: float  # [s]
     return select.select([sys.stdin], [], [], within)[0]
 
 
-def watch(token: str,  # of the stage
-          runner: str, # its pid
-          *dvc: str    # the pid of the `dvc` it belongs to, if there is one
+def watch(token: str,    # of the runner
+          runner: str,   # its pid
+          *parents: str  # pids that it shall not outlive: of its `dvc`, of the server of its flow
          ):
-    "Wait for the end of the runner, which an end of its `dvc` brings about, then end what it left."
-    runner, dvc = find(runner), [find(pid) for pid in dvc]
+    "Wait for the end of the runner, which an end of a parent brings about, then end what it left."
+    runner, parents = find(runner), [find(pid) for pid in parents]
     while not pipe_ends(within=0.5):
-        if not any(map(gone, dvc)): continue
+        if not any(map(gone, parents)): continue
         with suppress(psutil.Error):
             runner.terminate()
             if not pipe_ends(within=5): runner.kill()  # time enough to keep its notebook

@@ -3,7 +3,7 @@
 The executed notebook and its HTML are kept in `data/runs/<run id>/`, also of a run that failed or was stopped; nothing the notebook
 started outlives the runner.
 """
-import argparse, logging, os, re, secrets, signal, subprocess, sys, textwrap, time
+import argparse, logging, os, re, secrets, signal, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from flows.home import HOME, ROOT
-from flows.reaper import find, gone, marked, reap
+from flows.reaper import find, gone, marked, marks, reap, start_reaper
 from nbs_lib.config import COMMANDS, WrongCall, check_sections, environment, nearest
 from nbs_lib.tracking import link
 
@@ -34,16 +34,14 @@ def stage_notebooks():
     return {path.stem.partition("_")[2]: path for path in sorted(Path("notebooks/stages").glob("[0-9]*_*.ipynb"))}
 
 
-def check_params(stages):
-    "Refuse a params.yaml with a section or key that no stage and no command knows, before the first stage has run for nothing."
+def check_params(stages, under_dvc):
+    "Raises `WrongCall` for a params.yaml with a section or key that no stage and no command knows, before the first stage has run for nothing."
     import papermill
-    try:
-        check_sections({name: list(papermill.inspect_notebook(path)) for name, path in stages.items()} | COMMANDS, path=ROOT/"params.yaml")
-        differs = environment(path=ROOT/"params.yaml")
-    except WrongCall as error: refuse(str(error))
-    if differs and "DVC_STAGE" in os.environ:
+    check_sections({name: list(papermill.inspect_notebook(path)) for name, path in stages.items()} | COMMANDS, path=ROOT/"params.yaml")
+    if under_dvc and (differs := environment(path=ROOT/"params.yaml")):
         keys = ", ".join(f"{section}.{key}" for section, values in differs.items() for key in values)
-        refuse(f"NBS_ENV={os.environ['NBS_ENV']} has other values for {keys} than params.yaml, which DVC follows: `nbs params --apply` writes them there")
+        raise WrongCall(f"NBS_ENV={os.environ['NBS_ENV']} has other values for {keys} than params.yaml, which DVC follows: "
+                        "`nbs params --apply` writes them there")
 
 
 def parameters(notebook, given):
@@ -120,19 +118,10 @@ def note_signals(stopped: list  # to receive the signals
         if signal.getsignal(number) != signal.SIG_IGN: signal.signal(number, note)  # nohup stays nohup
 
 
-def start_reaper(token, starter):
-    "Start the watchdog; leaving its `with` block ends the pipe, then waits until nothing of the stage is left."
-    pids = [str(os.getpid()), *([str(starter.pid)] if starter else [])]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("NBS_STAGE_")}
-    return subprocess.Popen([sys.executable, "-m", "flows.reaper", token, *pids], cwd=ROOT, env=env, stdin=subprocess.PIPE,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
 def mark_environment(id, token):
     "What the kernel and all that it starts inherit: this repository's own library, no progress bars, the run, the marks."
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.update(PYTHONPATH=path, TQDM_DISABLE="1", NBS_RUN_ID=id, NBS_STAGE_TOKEN=token, NBS_STAGE_ROOT=HOME,
-                      NBS_STAGE_RUNNER=str(os.getpid()))
+    os.environ.update(PYTHONPATH=path, TQDM_DISABLE="1", NBS_RUN_ID=id, **marks(token))
 
 
 def execute(notebook, executed, given):
@@ -186,10 +175,11 @@ def run(stage, given, token, stopped):
     stages, id = stage_notebooks(), run_id(starter or psutil.Process())
     notebook = stages.get(stage) or refuse(f"there is no stage {stage!r}.{nearest(stage, stages)}")
     given = parameters(notebook, given)
-    check_params(stages)
+    try: check_params(stages, under_dvc="DVC_STAGE" in os.environ)
+    except WrongCall as error: refuse(str(error))
     end_survivors()
     executed = run_folder(id)/notebook.name
-    with start_reaper(token, starter), ThreadPoolExecutor(1) as pool:
+    with start_reaper(token, *([starter.pid] if starter else [])), ThreadPoolExecutor(1) as pool:
         mark_environment(id, token)
         exporter, since = pool.submit(html_exporter, notebook), time.time() - 1
         why = stopped or execute(notebook, executed, given)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'WrongCall', 'nearest', 'workspace', 'cores', 'replacing', 'write_json', 'read_json', 'digest',
            'file_digest', 'read_yaml', 'parse_yaml', 'write_yaml', 'coerce', 'environment', 'overlay',
-           'apply_environment', 'Params', 'params', 'check_sections', 'tracking_uri', 'experiment_name', 'run_id',
-           'destination']
+           'apply_environment', 'edit_params', 'Params', 'params', 'check_sections', 'tracking_uri', 'experiment_name',
+           'run_id', 'destination']
 
 # %% ../notebooks/api/00_config.ipynb #imports
 import ast, difflib, hashlib, json, os, re, shutil, threading
@@ -224,13 +224,20 @@ def apply_environment(
 ) -> dict:              # what was changed: section → key → value
     "Write an environment's values into params.yaml. Raises what `environment` raises."
     path = Path(path or workspace()/'params.yaml')
-    if not (differs := environment(name, path=path)): return {}
-    editor = YAML()
+    if differs := environment(name, path=path): edit_params(differs, path=path)
+    return differs
+
+def edit_params(
+    values: dict,       # section → key → value, checked
+    *,
+    path: Path = None,  # params.yaml; None: the workspace's own
+):
+    "Write values into params.yaml; comments and order stay."
+    path, editor = Path(path or workspace()/'params.yaml'), YAML()
     editor.width = 200; editor.indent(sequence=4, offset=2)  # as params.yaml is written
     whole = editor.load(path)
-    for section, values in differs.items(): whole[section].update(values)
+    for section, of in values.items(): whole[section].update(of)
     with replacing(path) as tmp: editor.dump(whole, tmp)
-    return differs
 
 # %% ../notebooks/api/00_config.ipynb #params
 COMMANDS = dict(  # sections that commands read, after the stages': key → type

@@ -21,7 +21,7 @@ from .boxes import Boxes, Sample, area, clip, join
 from .coco import write_coco
 from .config import WrongCall, cores, replacing
 from .deadletter import Fault, Letter, Letters, Outbox, Patches
-from .formats import read, settled
+from .formats import read, settled, several
 from .images import FLIPS, Refused, content_hash, decode, impression, read_picture, rules, turn_boxes
 from .source import Found, need
 
@@ -232,7 +232,7 @@ def _taken_in(images, cache, patches, *, root, sources, classes, max_pixels, min
     if not Path(root).is_dir(): raise WrongCall(f"{root}: there is no such folder to ingest")
     checked = Checked(cache, max_pixels=max_pixels, min_side=min_side)
     intake = _Intake(root, images, checked, patches or Patches(), on_bad_box, classes=[str(c) for c in classes], overhang=overhang)
-    chosen = [settled(root, source) for source in sources]
+    chosen = [settled(root, source) for source in several(root, sources)]
     intake.recognised = {source['path']: f"{source['format']}: {why}" for source, why in chosen if why}
     for path, what in intake.recognised.items(): print(f'{(Path(root)/path).resolve().name}: {what}')
     items = chain.from_iterable([read(root, source, intake.patches) for source, _ in chosen])

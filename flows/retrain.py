@@ -1,0 +1,183 @@
+"""The pipeline by itself: new data in, what changed done anew, the model judged, people told. `python -m flows.retrain` runs it once, without a server."""
+import argparse, json, logging, os, shutil, sys
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import flows.embedded  # noqa: F401  before prefect
+from filelock import FileLock, Timeout
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed
+
+from flows.commands import STAGE, Command, ask, remote
+from flows.forms import chosen, with_sections
+from flows.home import ROOT
+from flows.notify import notify
+from flows.preflight import keep_edited
+from flows.reaper import leash
+from flows.report import tell
+from flows.runs import close_dead
+from flows.stage import check_params, end_survivors, stage_notebooks
+from nbs_lib.config import WrongCall, edit_params, file_digest, params, read_json, tracking_uri, write_json
+from nbs_lib.incoming import gather, take, waiting
+
+CACHE, INCOMING, RAW = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming"
+DONE = CACHE/"retrain.json"  # the state that was published and judged last
+ROOM = 1 << 30  # least free disk [bytes]
+
+
+class Line(logging.Filter):
+    "A wrong call is told in one line; where in our code it was noticed helps nobody."
+    def filter(self, record):
+        if record.exc_info and isinstance(record.exc_info[1], WrongCall): record.exc_info = record.exc_text = None
+        return True
+
+
+def step(name, **more):
+    "A Prefect task that is done anew in every run."
+    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, **more)
+
+
+def follow(command, *fine):
+    "Tell a command's lines as they come; its status."
+    for line in filter(None, command): get_run_logger().info(line)
+    return command.end(*fine)
+
+
+@step("pull", retries=3, retry_delay_seconds=[5, 30, 120])
+def pull(refetch):
+    "What others have pushed, and what has changed at the address that the stage fetch reads."
+    if remote(): follow(Command("dvc", "pull", "--allow-missing"))
+    if refetch: follow(Command("dvc", "repro", "--force", "--single-item", "fetch"))
+
+
+@step("preflight")
+def preflight(values):
+    "Refuse what would fail hours later; end what a killed run left; keep what a person edited."
+    for section, of in values.items(): params(section, path=ROOT/"params.yaml", **of)
+    if values:
+        edit_params(values, path=ROOT/"params.yaml")
+        get_run_logger().info(f"written into params.yaml: {values}")
+    check_params(stage_notebooks(), under_dvc=True)
+    if (free := shutil.disk_usage(ROOT).free) < ROOM:
+        raise WrongCall(f"{free >> 20} MB of disk are free where {ROOM >> 20} MB are needed: `dvc gc --workspace` frees some")
+    end_survivors()
+
+
+@step("incoming")
+def incoming(settle, run):
+    "Take batches with annotations to the raw data; their names, and those of the batches that wait to be scored."
+    gather(INCOMING, run, settle)
+    batches = waiting(INCOMING, settle)
+    for batch in batches:
+        if batch.unclear: get_run_logger().warning(f"{batch.path.relative_to(ROOT)} is left where it lies: {batch.why}")
+    taken = [take(batch, RAW).relative_to(ROOT) for batch in batches if batch.format]
+    for folder in taken: follow(Command("dvc", "add", "--quiet", str(folder)))
+    return [f.name for f in taken], [b.path.name for b in batches if not b.format and not b.unclear]
+
+
+@step("stage")
+def stage(heading, repro):
+    "Tell the lines of one stage; the heading of the next."
+    get_run_logger().info(heading)
+    for line in repro:
+        if STAGE.match(line): return line
+        if line: get_run_logger().info(line)
+    repro.end()
+
+
+def reproduce():
+    "One `dvc repro`; each stage is a task from where DVC says that it begins."
+    repro = Command("dvc", "repro")
+    heading = next(filter(STAGE.match, repro), None)
+    while heading: heading = stage.with_options(name=(name := STAGE.match(heading)["name"]), task_run_name=name)(heading, repro)
+    repro.end()
+
+
+@step("publish")
+def publish():
+    follow(done := Command("nbs", "publish", "--json"))
+    return json.loads(done.said[-1])
+
+
+@step("gate")
+def gate():
+    follow(done := Command("nbs", "gate", "--json"), 3)
+    return json.loads(done.said[-1])
+
+
+@step("push", retries=3, retry_delay_seconds=[5, 30, 120])
+def push(): follow(Command("dvc", "push"))
+
+
+def state():
+    "What was published and judged, if it was: another lock, other parameters or another store, and it is to be done again."
+    return dict(lock=file_digest(ROOT/"dvc.lock"), params=file_digest(ROOT/"params.yaml"), store=tracking_uri(ROOT/"data/mlflow"))
+
+
+def work(settle, refetch, values, run):
+    "What a run does, once it is alone."
+    preflight(values)
+    pull(refetch)
+    taken, waits = incoming(settle, run)
+    changed = ask("dvc", "status", "--json")
+    if not changed and DONE.is_file() and read_json(DONE) == state():
+        return Completed(name="Nothing new", message="nothing new: data, code and parameters are those of the last run")
+    keep_edited()
+    reproduce()
+    published, judged = publish(), gate()
+    if remote(): push()
+    write_json(DONE, state())
+    tell(run, taken, waits, published, judged)
+    outcome = f"version {judged['version']} {judged['text']}"
+    if judged["new"]: notify(f"model {'promoted' if judged['promoted'] else 'refused'}", outcome, not judged["promoted"])
+    return Completed(message=outcome)
+
+
+@contextmanager
+def alone():
+    "Whether this is the only run in this workspace. The lock ends with the process that holds it, however that ends."
+    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(CACHE/"retrain.lock", timeout=0): yield True
+    except Timeout: yield False
+
+
+@flow(name="retrain")
+@with_sections("fetch", "ingest", "split", "train", "evaluate", "publish", "gate")
+def retrain(settle: float = 10, refetch: bool = False, **sections):
+    """Do anew what changed: data, code or parameters.
+
+    Args:
+        settle: for how long a batch in data/incoming must have been left alone [s]
+        refetch: ask the address of the stage fetch again, though nothing changed here
+    """
+    with alone() as free:
+        if not free: return Completed(name="Skipped", message="skipped: another run is at work in this workspace")
+        close_dead()
+        os.environ["NBS_RUN_ID"] = run = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+        with leash(*parent()):
+            try: return work(settle, refetch, chosen(sections), run)
+            except (WrongCall, OSError) as error:
+                notify("too many dead letters" if "max_dead_rate" in str(error) else "retraining failed", str(error), True)
+                raise
+
+
+def parent():
+    "The process that serves this flow, if one does: without it nobody would hear of the outcome."
+    return [os.getppid()] if "PREFECT__FLOW_RUN_ID" in os.environ and os.getppid() > 1 else []
+
+
+def main():
+    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly."
+    parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="Do anew what changed, publish, judge. Once, without a server.")
+    parser.add_argument("--settle", type=float, default=10, help="seconds for which a batch in data/incoming must have been left alone")
+    parser.add_argument("--refetch", action="store_true", help="ask the address of the stage fetch again, though nothing changed here")
+    args = parser.parse_args()
+    ended = retrain(settle=args.settle, refetch=args.refetch, return_state=True)
+    print(ended.message, file=sys.stderr if ended.is_failed() else sys.stdout)
+    sys.exit(not ended.is_completed())
+
+
+for name in ("prefect.flow_runs", "prefect.task_runs"): logging.getLogger(name).addFilter(Line())
+if __name__ == "__main__": main()
