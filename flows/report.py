@@ -2,6 +2,7 @@
 import base64, io, json
 from pathlib import Path
 
+from PIL import Image
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from flows.home import ROOT
@@ -26,7 +27,7 @@ def tell(run: str,       # id: the folder of its notebooks
     create_table_artifact([dict(code=code, letters=n) for code, n in ingest["letters"].items()] or [dict(code="none", letters=0)], key="dead-letters",
                           description=f"{ingest['samples']} of {ingest['pictures']} pictures and {ingest['boxes_kept']} of {ingest['boxes']} boxes are used; "
                                       "`nbs letters` lists the others")
-    create_markdown_artifact(markdown(run, taken, waits, published, judged, evaluate, pages), key="retraining", description=judged["text"][:200])
+    create_markdown_artifact(markdown(run, taken, waits, published, judged, evaluate, pages), key="retraining")
 
 
 def markdown(run, taken, waits, published, judged, evaluate, pages):
@@ -41,20 +42,22 @@ def markdown(run, taken, waits, published, judged, evaluate, pages):
     if waits: lines += ["", f"To be scored: {', '.join(waits)}"]
     executed = ", ".join(p.stem for p in pages) or "none, all came from the cache"
     lines += ["", f"MLflow run {published['name']} ({published['run']}); notebooks of this run: {executed}", ""]
-    for stage in ("40_train", "50_evaluate"):
-        if picture := last_picture(RUNS/run/f"{stage}.ipynb"): lines += [f"![{stage}]({picture})", ""]
+    pictures = [*last_picture(RUNS/run/"40_train.ipynb"), (REPORTS/"worst.png").read_bytes()]
+    lines += [f"![{what}]({embedded(picture)})\n" for what, picture in zip(("training", "worst pictures")[-len(pictures):], pictures)]
     return "\n".join(lines)
 
 
 def last_picture(notebook: Path  # executed
                 ):
-    "The last picture of a notebook, small, as an address that holds it; nothing where there is none."
-    from PIL import Image
-    if not notebook.is_file(): return
+    "The last picture of a notebook as PNG in a list; none where it was not executed."
+    if not notebook.is_file(): return []
     outputs = [out.get("data", {}) for cell in json.loads(notebook.read_text())["cells"] for out in cell.get("outputs", ())]
-    found = [data["image/png"] for data in outputs if "image/png" in data]
-    if not found: return
-    image = Image.open(io.BytesIO(base64.b64decode(found[-1]))).convert("RGB")
+    return [base64.b64decode(data["image/png"]) for data in outputs if "image/png" in data][-1:]
+
+
+def embedded(picture: bytes):
+    "A picture, small, as an address that holds it."
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
     image.thumbnail((WIDTH, WIDTH))
     image.save(small := io.BytesIO(), "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}"

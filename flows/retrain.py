@@ -44,7 +44,7 @@ def follow(command, *fine):
     return command.end(*fine)
 
 
-@step("pull", retries=3, retry_delay_seconds=[5, 30, 120])
+@step("pull", retries=3, retry_delay_seconds=[1, 5, 15])
 def pull(refetch):
     "What others have pushed, and what has changed at the address that the stage fetch reads."
     if remote(): follow(Command("dvc", "pull", "--allow-missing"))
@@ -106,7 +106,7 @@ def gate():
     return json.loads(done.said[-1])
 
 
-@step("push", retries=3, retry_delay_seconds=[5, 30, 120])
+@step("push", retries=3, retry_delay_seconds=[1, 5, 15])
 def push(): follow(Command("dvc", "push"))
 
 

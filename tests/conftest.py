@@ -1,6 +1,8 @@
 "What tests share: copies of the workspace, its commands, and the folder of real pictures."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, signal, socket, subprocess, sys, time
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
@@ -111,3 +113,35 @@ def repository(finished):
     git(finished, "add", "--all")
     git(finished, "commit", "--quiet", "--message", "as it was")
     return finished
+
+
+class PrefectServer:
+    "Prefect's own server, on sqlite in a folder, which can be killed and started again."
+    def __init__(self, folder):
+        self.folder = folder
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        database = f"sqlite+aiosqlite:///{folder}/prefect.db"
+        self.env = dict(PREFECT_HOME=str(folder), PREFECT_API_URL=self.url, PREFECT_SERVER_DATABASE_CONNECTION_URL=database,
+                        PREFECT_SERVER_ANALYTICS_ENABLED="false")
+
+    def start(self):
+        with open(self.folder/"log", "a") as log:
+            self.process = subprocess.Popen([Path(sys.executable).with_name("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(self.port)],
+                                            env=os.environ | self.env, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(600):
+            assert self.process.poll() is None, (self.folder/"log").read_text()
+            with suppress(OSError): return urlopen(f"{self.url}/health").close()
+            time.sleep(.2)
+        raise AssertionError("the server does not answer")
+
+    def ask(self, path, body=None):
+        "What the API answers to a POST."
+        request = Request(self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"})
+        with urlopen(request) as answer: return json.load(answer)
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()

@@ -1,0 +1,147 @@
+"The flow that retrains: real runs against a real Prefect server, overlapped, killed, fed with new data, and called wrongly."
+import json, shutil, threading, time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import psutil
+import pytest
+
+from conftest import PrefectServer
+from nbs_lib.registry import versions
+from nbs_lib.scenes import write_scenes
+from nbs_lib.store import connect
+from test_interruptions import before, moment_has_come, processes
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("prefect")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@contextmanager
+def listening():
+    "What a notification's address heard."
+    heard = []
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200); self.end_headers()
+        def log_message(self, *_): pass
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield heard, f"json://127.0.0.1:{http.server_port}/"
+        http.shutdown()
+
+
+def retrain(workspace, server, status=0, **env):
+    "Its last line."
+    return workspace.run("python", "-m", "flows.retrain", "--settle", 0, env=server.env | env, status=status).strip().splitlines()[-1]
+
+
+def registered(workspace): return [v.version for v in versions(connect(f"sqlite:///{workspace/'data/mlflow/mlflow.db'}"), "detector")]
+
+
+def drop(workspace, name, seed):
+    write_scenes(workspace/f"data/incoming/{name}", scenes=dict(train=20, val=2, test=2), side=64, seed=seed)
+
+
+def test_only_what_is_new_makes_a_version(finished, server):
+    with listening() as (heard, address):
+        assert "version 1 passed" in retrain(finished, server, NBS_NOTIFY=address)
+        assert [h["title"] for h in heard] == ["model promoted"]
+        assert "nothing new" in retrain(finished, server, NBS_NOTIFY=address) and registered(finished) == [1]
+        drop(finished, "week 1", seed=7)
+        shutil.copytree(finished/"data/incoming/week 1/train", finished/"data/incoming/pictures")
+        (finished/"data/incoming/unclear").mkdir()
+        (finished/"data/incoming/unclear/a.txt").write_text("0 .5 .5 .1 .1\n")
+        assert "version 2" in retrain(finished, server, NBS_NOTIFY=address) and registered(finished) == [1, 2]
+        assert len(heard) == 2
+    assert finished.report("ingest")["recognised"]["incoming/week 1"].startswith("coco")
+    assert (finished/"data/raw/incoming/week 1.dvc").exists() and not (finished/"data/incoming/week 1").exists()
+    assert (finished/"data/incoming/unclear/a.txt").exists()
+    assert "nothing new" in retrain(finished, server)
+    artifacts = {a["key"]: a["data"] for a in server.ask("/artifacts/latest/filter")}
+    assert "# Version 2" in artifacts["retraining"] and "data:image/jpeg" in artifacts["retraining"] and "New data: week 1" in artifacts["retraining"]
+    assert {"notebook-train", "notebook-evaluate", "dead-letters"} <= set(artifacts)
+
+
+def working(finished, server, stage, moment, **env):
+    "A run that has come so far with the stage; its results were forgotten before."
+    before(finished, stage)
+    flow = finished.start("python", "-m", "flows.retrain", env=server.env | env, start_new_session=True)
+    while not moment_has_come(finished, stage, "end" if moment == "end" else "start"):
+        assert flow.poll() is None, flow.communicate()[0]
+        time.sleep(.01)
+    if moment == "middle": time.sleep(1)
+    return flow
+
+
+def end(flow): return flow.communicate()[0].strip().splitlines()[-1]
+
+
+MATRIX = [(stage, process, moment) for stage in ("ingest", "train", "evaluate") for process in ("flow", "dvc", "runner", "kernel")
+          for moment in ("start", "middle", "end")]
+ALWAYS = {("train", "flow", "middle"), ("ingest", "dvc", "start")}
+
+
+@pytest.mark.parametrize("stage, process, moment", [pytest.param(*case, marks=[] if case in ALWAYS else pytest.mark.kills) for case in MATRIX])
+def test_after_a_kill_the_next_run_completes(finished, server, stage, process, moment):
+    undisturbed = finished.results()
+    flow = working(finished, server, stage, moment)
+    found = processes(finished)
+    dvc = next(p for p in psutil.Process(flow.pid).children() if "dvc" in p.name() or any(w.endswith("/dvc") for w in p.cmdline()))
+    if not (victim := {**found, "flow": flow, "dvc": dvc}.get(process)): pytest.skip("it was over before it could be killed")
+    victim.kill()
+    begin = time.monotonic()
+    while processes(finished) and time.monotonic() < begin + 10: time.sleep(.05)
+    assert not processes(finished)
+    said = end(flow)
+    if process in ("runner", "kernel"): assert flow.returncode == 1 and f"{stage} failed: " in said or process == "runner", said
+    assert "version 1 passed" in retrain(finished, server) and registered(finished) == [1]
+    assert finished.results() == undisturbed
+    if process == "flow":
+        assert {r["state"]["message"] for r in server.ask("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["CRASHED"]}}}})} \
+            == {"its process was killed; a later run found that out"}
+        assert not server.ask("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}})
+
+
+def test_one_at_a_time(finished, server):
+    flow = working(finished, server, "train", "start")
+    assert retrain(finished, server) == "skipped: another run is at work in this workspace"
+    assert "version 1 passed" in end(flow)
+    assert [r["state"]["type"] for r in server.ask("/flow_runs/filter", {"flow_runs": {"state": {"name": {"any_": ["Skipped"]}}}})] == ["COMPLETED"]
+
+
+def test_a_failure_is_one_line_and_told(finished, server):
+    with listening() as (heard, address):
+        def fails(why, title, **env):
+            said = finished.run("python", "-m", "flows.retrain", env=server.env | dict(NBS_NOTIFY=address) | env, status=1)
+            assert why in said.strip().splitlines()[-1] and "Traceback" not in said, said
+            assert heard[-1]["title"] == title and why in heard[-1]["message"]
+        finished.set(split=dict(max_dead_rate=0.))
+        fails("more than split.max_dead_rate", "too many dead letters")
+        finished.set(split=dict(max_dead_rate=.5), train=dict(model="no.pt"))
+        fails("no.pt", "retraining failed")
+        fails("no environment 'nowhere'", "retraining failed", NBS_ENV="nowhere")
+        finished.set(train=dict(epochz=3))
+        fails("Did you mean 'epochs'?", "retraining failed")
+    assert not registered(finished)
+
+
+def test_without_a_network_nothing_is_lost(finished, server):
+    finished.run("dvc", "remote", "add", "--local", "--default", "far", "http://127.0.0.1:9/data")
+    undisturbed = finished.results()
+    said = finished.run("python", "-m", "flows.retrain", env=server.env, status=1)
+    assert "127.0.0.1:9" in said.strip().splitlines()[-1] and "Traceback" not in said, said
+    assert finished.results() == undisturbed
+
+
+def test_a_full_disk_is_told_before_it_is_hit(monkeypatch):
+    from flows import retrain
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5 << 20)))
+    with pytest.raises(retrain.WrongCall, match="5 MB of disk are free where 1024 MB are needed"): retrain.preflight.fn({})
