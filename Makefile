@@ -11,7 +11,7 @@ PORT ?= 5000
 # Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run mlflow test test-kills test-large guides lab image export lock clean
+.PHONY: help install run retrain serve mlflow test test-kills test-flows test-large guides lab image export lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,12 @@ run: install  ## pictures in, judged detector out, champion where it is better
 	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters, every run: make mlflow"
 	@dvc metrics show data/reports/evaluate.json
 
+retrain: install  ## what the schedule does, once and without a server: new data, what changed, publish, gate
+	@python -m flows.retrain
+
+serve: install  ## the schedules of flows/schedules.yaml, with Prefect's pages on http://127.0.0.1:4200
+	@python -m flows.serve
+
 mlflow: install  ## MLflow's pages on the workspace's own runs and models, http://127.0.0.1:5000 (PORT=… for another)
 	@test -f data/mlflow/mlflow.db || { echo "mlflow: data/mlflow holds nothing yet: make run"; exit 1; }
 	@echo "mlflow: http://127.0.0.1:$(PORT), Ctrl-C ends it"
@@ -55,7 +61,11 @@ test: install  ## every notebook, every rule, the whole pipeline on a small sett
 
 test-kills: install  ## every process stopped at three moments of every stage (twenty minutes)
 	@echo "test-kills: KILL, TERM, Ctrl-C, full disk"
-	@python -m pytest -n 0 -m kills -s tests/test_interruptions.py
+	@python -m pytest -n 0 -m kills -s tests/test_interruptions.py tests/test_retrain.py
+
+test-flows: install  ## schedules, kills and failures of the flows, on real Prefect servers (ten minutes)
+	@echo "test-flows: serve, retrain, killed and fed with new data"
+	@python -m pytest -n 0 -m flows -s
 
 test-large: install  ## annotation files of a gigabyte, a million letters, 20,000 pictures (some twenty minutes, 10 GB of disk)
 	@echo "test-large: what does not fit into memory"

@@ -89,7 +89,7 @@ MATRIX = [(stage, process, moment) for stage in ("ingest", "train", "evaluate") 
 ALWAYS = {("train", "flow", "middle"), ("ingest", "dvc", "start")}
 
 
-@pytest.mark.parametrize("stage, process, moment", [pytest.param(*case, marks=[] if case in ALWAYS else pytest.mark.kills) for case in MATRIX])
+@pytest.mark.parametrize("stage, process, moment", [pytest.param(*case, marks=pytest.mark.flows if case in ALWAYS else pytest.mark.kills) for case in MATRIX])
 def test_after_a_kill_the_next_run_completes(finished, server, stage, process, moment):
     undisturbed = finished.results()
     flow = working(finished, server, stage, moment)
@@ -110,6 +110,7 @@ def test_after_a_kill_the_next_run_completes(finished, server, stage, process, m
         assert not server.ask("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}})
 
 
+@pytest.mark.flows
 def test_one_at_a_time(finished, server):
     flow = working(finished, server, "train", "start")
     assert retrain(finished, server) == "skipped: another run is at work in this workspace"
@@ -117,6 +118,7 @@ def test_one_at_a_time(finished, server):
     assert [r["state"]["type"] for r in server.ask("/flow_runs/filter", {"flow_runs": {"state": {"name": {"any_": ["Skipped"]}}}})] == ["COMPLETED"]
 
 
+@pytest.mark.flows
 def test_a_failure_is_one_line_and_told(finished, server):
     with listening() as (heard, address):
         def fails(why, title, **env):
@@ -133,6 +135,7 @@ def test_a_failure_is_one_line_and_told(finished, server):
     assert not registered(finished)
 
 
+@pytest.mark.flows
 def test_without_a_network_nothing_is_lost(finished, server):
     finished.run("dvc", "remote", "add", "--local", "--default", "far", "http://127.0.0.1:9/data")
     undisturbed = finished.results()

@@ -1,0 +1,155 @@
+"Schedules from a file: what is wrong in it is one line; one process serves them, survives its server, and leaves nothing when it is killed."
+import json, time
+from contextlib import suppress
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from conftest import PrefectServer
+from nbs_lib.config import WrongCall
+from nbs_lib.registry import versions
+from nbs_lib.scenes import write_scenes
+from nbs_lib.store import connect
+from test_interruptions import processes
+
+ONE = "deployments:\n  - {{name: a, flow: retrain, {}}}\n"
+WRONG = {
+    "schedules: [{cron: 'x y'}]": "deployment a: schedule 1: Invalid cron string",
+    "schedules: [{cron: '0 2 * * *', timezone: Europe/Berln}]": "there is no timezone 'Europe/Berln'; did you mean 'Europe/Berlin'?",
+    "schedules: [{interval: -3}]": "should be greater than 0, not -3",
+    "schedules: [{rrule: FREQ=NEVER}]": "Invalid RRule string",
+    "schedules: [{timezone: UTC}]": "name one of cron, interval and rrule, not none",
+    "schedules: [{cron: '* * * * *', interval: 3}]": "name one of cron, interval and rrule, not cron and interval",
+    "shedules: []": "there is no key shedules. Did you mean 'schedules'?",
+    "parameters: {setle: 3}": "retrain has no parameter 'setle'. Did you mean 'settle'?",
+    "parameters: {settle: soon}": "settle: Input should be a valid number",
+    "parameters: {trian: {epochs: 3}}": "retrain has no parameter 'trian'. Did you mean 'train'?",
+    "parameters: {train: {epochs: many}}": "train.epochs: Input should be a valid integer",
+    "parameters: {train: {epochz: 3}}": "train.epochz: Extra inputs are not permitted",
+}
+WHOLE = {"x: 1": "one list is expected", "deployments: [{name: a, flow: retrian}]": "Did you mean 'retrain'?",
+         "deployments: [{name: a, flow: retrain}, {name: a, flow: retrain}]": "two deployments retrain/a"}
+
+
+def test_what_is_wrong_in_the_file_is_one_line(tmp_path):
+    from flows.schedules import entries
+    assert [entry.name for entry in entries()] == ["nightly"]
+    for text, why in {**{ONE.format(text): why for text, why in WRONG.items()}, **WHOLE}.items():
+        (tmp_path/"s.yaml").write_text(text)
+        with pytest.raises(WrongCall) as error: entries(tmp_path/"s.yaml")
+        assert why in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.flows
+def test_no_server_is_one_line(workspace):
+    said = workspace.run("python", "-m", "flows.serve", env=dict(PREFECT_API_URL="http://127.0.0.1:9/api", PREFECT_HOME=str(workspace/"home")), status=2)
+    assert said.startswith("serve: no Prefect server answers at http://127.0.0.1:9/api") and said.count("\n") == 1
+
+
+class Served:
+    "`flows.serve` in a workspace, with the server that it brings."
+    def __init__(self, workspace, text):
+        self.workspace, self.server = workspace, PrefectServer(workspace/"data")
+        self.file = workspace/"schedules.yaml"
+        self.file.write_text(text)
+
+    def start(self):
+        with open(self.workspace/"serve.log", "a") as log:
+            command = f"exec python -m flows.serve --file schedules.yaml --port {self.server.port} >&{log.fileno()} 2>&1"
+            self.process = self.workspace.start("bash", "-c", command, env=dict(PREFECT_HOME=str(self.workspace/"home")), pass_fds=[log.fileno()],
+                                                start_new_session=True)
+        wait(lambda: self.deployments())
+
+    def deployments(self):
+        with suppress(OSError): return {d["name"]: d for d in self.server.ask("/deployments/filter")}
+
+    def runs(self, **which):
+        found = self.server.ask("/flow_runs/filter", dict(sort="EXPECTED_START_TIME_ASC"))
+        return [r for r in found if r["state"]["name"] != "Scheduled" and all(r[k] == v for k, v in which.items())]
+
+    def ended(self, name, least=1, after=""):
+        "Runs that ended so, as soon as there are so many."
+        def look():
+            with suppress(OSError):
+                found = [r for r in self.runs() if r["state"]["name"] == name and r["expected_start_time"] > after]
+                return found if len(found) >= least else None
+        return wait(look)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        begin = time.monotonic()
+        while (left := marked(self.workspace)) and time.monotonic() < begin + 10: time.sleep(.1)
+        assert not left, left
+
+
+def wait(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(.5)
+    return value
+
+
+def marked(workspace):
+    "All that bears the mark of this workspace, dead ones left out."
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("NBS_STAGE_ROOT", "").endswith(f":{workspace.folder}") and process.status() != psutil.STATUS_ZOMBIE: found.append(process)
+    return found
+
+
+def now(): return datetime.now(UTC).isoformat()
+
+
+@pytest.mark.flows
+@pytest.mark.timeout(1500)
+def test_served_by_one_process(finished):
+    "Nothing new five times, new data once; both servers killed; an event, a call; lines that go."
+    served = Served(finished, ONE.format("schedules: [{interval: 20}], parameters: {settle: 1}, triggers: [nbs.incoming]"))
+    registered = lambda: [v.version for v in versions(connect(f"sqlite:///{finished/'data/mlflow/mlflow.db'}"), "detector")]
+    served.start()
+    try:
+        served.ended("Completed")
+        quiet = served.ended("Nothing new", least=5)
+        assert registered() == [1] and all(r["total_run_time"] < 15 for r in quiet)
+
+        write_scenes(finished/"data/incoming/week", scenes=dict(train=20, val=2, test=2), side=64, seed=7)
+        wait(lambda: "runner" in processes(finished))
+        served.kill()
+        begin = now()
+        served.start()
+        assert {r["state"]["message"] for r in served.ended("Crashed")} == {"its process was gone when serving began"}
+        assert "version 2" in served.ended("Completed", after=begin)[0]["state"]["message"]
+        served.ended("Nothing new", after=begin)
+        assert registered() == [1, 2]
+
+        server = next(p for p in marked(finished) if "server" in p.cmdline())
+        server.kill()
+        begin = now()
+        served.ended("Nothing new", least=2, after=begin)
+        assert "is started again" in (finished/"serve.log").read_text()
+
+        id = served.deployments()["a"]["id"]
+        served.server.ask(f"/deployments/{id}/create_flow_run", dict(name="by call"))
+        event = dict(id=str(uuid4()), occurred=now(), event="nbs.incoming", resource={"prefect.resource.id": "camera.1"}, payload={})
+        with suppress(json.JSONDecodeError): served.server.ask("/events", [event])
+        wait(lambda: any(r["state"]["type"] == "COMPLETED" for r in served.runs(name="by call")))
+        wait(lambda: any((r["created_by"] or {}).get("type") == "AUTOMATION" and r["state"]["type"] == "COMPLETED" for r in served.runs()))
+
+        served.kill()
+        other = "  - {name: b, flow: retrain, schedules: [{cron: '0 2 * * *', timezone: Europe/Berlin}], paused: true}\n"
+        served.file.write_text(ONE.format("schedules: []") + other)
+        served.start()
+        wait(lambda: set(served.deployments()) == {"a", "b"} and not served.deployments()["a"]["schedules"])
+        assert [s["schedule"]["timezone"] for s in served.deployments()["b"]["schedules"]] == ["Europe/Berlin"] and served.deployments()["b"]["paused"]
+        served.kill()
+        served.file.write_text(ONE.format("schedules: [{interval: 3600}]"))
+        served.start()
+        wait(lambda: set(served.deployments()) == {"a"} and len(served.deployments()["a"]["schedules"]) == 1)
+        assert not served.deployments()["a"]["paused"]
+    finally:
+        served.kill()
