@@ -71,9 +71,10 @@ def incoming(settle, run):
     batches = waiting(INCOMING, settle)
     for batch in batches:
         if batch.unclear: get_run_logger().warning(f"{batch.path.relative_to(ROOT)} is left where it lies: {batch.why}")
-    taken = [take(batch, RAW).relative_to(ROOT) for batch in batches if batch.format]
-    for folder in taken: follow(Command("dvc", "add", "--quiet", str(folder)))
-    return [f.name for f in taken], [b.path.name for b in batches if not b.format and not b.unclear]
+    taken = [take(batch, RAW).name for batch in batches if batch.format]
+    for folder in sorted(path for path in RAW.glob("*") if path.is_dir() and not path.with_name(f"{path.name}.dvc").exists()):
+        follow(Command("dvc", "add", "--quiet", str(folder.relative_to(ROOT))))  # also what a killed run had taken
+    return taken, [b.path.name for b in batches if not b.format and not b.unclear]
 
 
 @step("stage")
@@ -138,9 +139,12 @@ def work(settle, refetch, values, run):
 def alone():
     "Whether this is the only run in this workspace. The lock ends with the process that holds it, however that ends."
     CACHE.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(CACHE/"retrain.lock", timeout=0): yield True
+    lock = FileLock(CACHE/"retrain.lock", timeout=0)
+    try: lock.acquire()
     except Timeout: yield False
+    else:
+        try: yield True
+        finally: lock.release()
 
 
 @flow(name="retrain")
