@@ -1,8 +1,9 @@
 """Commands that a flow runs: told line by line in its log, ended by one clear line where they fail."""
 import json, os, re, subprocess, sys
+from collections import deque
 from pathlib import Path
 
-from flows.home import ROOT
+from flows.home import ROOT, python_path
 from nbs_lib.config import WrongCall
 
 BIN = Path(sys.executable).parent  # where dvc and nbs lie
@@ -14,8 +15,8 @@ STAGE = re.compile(r"(?:Running stage|Stage) '(?P<name>[^']+)'")
 class Command:
     "A running command; its lines come out as it prints them, both streams in one."
     def __init__(self, *words: str):
-        self.words, self.said = words, []
-        env = os.environ | dict(PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        self.words, self.said = words, deque(maxlen=200)
+        env = os.environ | dict(PYTHONUNBUFFERED="1", PYTHONPATH=python_path())
         self.process = subprocess.Popen([BIN/words[0], *words[1:]], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         text=True, errors="replace")
         self.lines = (line.rstrip() for line in self.process.stdout)
@@ -23,9 +24,8 @@ class Command:
     def __iter__(self): return self
 
     def __next__(self):
-        line = next(self.lines)
-        self.said = [*self.said[-200:], line]
-        return line
+        self.said.append(next(self.lines))
+        return self.said[-1]
 
     def end(self, *fine: int  # statuses that are no failure, besides 0
            ):

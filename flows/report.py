@@ -12,11 +12,11 @@ REPORTS, RUNS = ROOT/"data/reports", ROOT/"data/runs"
 WIDTH = 900  # of a picture in a report [pixels]
 
 
-def tell(run: str,       # id: the folder of its notebooks
-         taken: list,    # batches that became raw data
-         waits: list,    # batches without annotations
+def tell(run: str,        # id: the folder of its notebooks
+         taken: list,     # batches that became raw data
+         waits: list,     # batches without annotations
          published: dict, # what `nbs publish` answered
-         judged: dict    # what `nbs gate` answered
+         judged: dict     # what `nbs gate` answered
         ):
     "Create the artifacts of a run."
     ingest, evaluate = (read_json(REPORTS/f"{name}.json") for name in ("ingest", "evaluate"))
@@ -42,17 +42,17 @@ def markdown(run, taken, waits, published, judged, evaluate, pages):
     if waits: lines += ["", f"To be scored: {', '.join(waits)}"]
     executed = ", ".join(p.stem for p in pages) or "none, all came from the cache"
     lines += ["", f"MLflow run {published['name']} ({published['run']}); notebooks of this run: {executed}", ""]
-    pictures = [*last_picture(RUNS/run/"40_train.ipynb"), (REPORTS/"worst.png").read_bytes()]
-    lines += [f"![{what}]({embedded(picture)})\n" for what, picture in zip(("training", "worst pictures")[-len(pictures):], pictures)]
+    pictures = {"training": last_picture(RUNS/run/"40_train.ipynb"), "worst pictures": (REPORTS/"worst.png").read_bytes()}
+    lines += [f"![{what}]({embedded(picture)})\n" for what, picture in pictures.items() if picture]
     return "\n".join(lines)
 
 
 def last_picture(notebook: Path  # executed
                 ):
-    "The last picture of a notebook as PNG in a list; none where it was not executed."
-    if not notebook.is_file(): return []
+    "The last picture of a notebook as PNG; None where it was not executed."
+    if not notebook.is_file(): return None
     outputs = [out.get("data", {}) for cell in json.loads(notebook.read_text())["cells"] for out in cell.get("outputs", ())]
-    return [base64.b64decode(data["image/png"]) for data in outputs if "image/png" in data][-1:]
+    return next((base64.b64decode(data["image/png"]) for data in reversed(outputs) if "image/png" in data), None)
 
 
 def embedded(picture: bytes):

@@ -1,7 +1,6 @@
 """The pipeline by itself: new data in, what changed done anew, the model judged, people told. `python -m flows.retrain` runs it once, without a server."""
 import argparse, json, logging, os, shutil, sys
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 import flows.embedded  # noqa: F401  before prefect
 from filelock import FileLock, Timeout
@@ -18,7 +17,7 @@ from flows.reaper import leash
 from flows.report import tell
 from flows.runs import close_dead
 from flows.stage import check_params, end_survivors, stage_notebooks
-from nbs_lib.config import WrongCall, edit_params, file_digest, params, read_json, tracking_uri, write_json
+from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, run_id, tracking_uri, write_json
 from nbs_lib.incoming import gather, take, waiting
 
 CACHE, INCOMING, RAW = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming"
@@ -53,7 +52,7 @@ def pull(refetch):
 
 @step("preflight")
 def preflight(values):
-    "Refuse what would fail hours later; end what a killed run left; keep what a person edited."
+    "Take what the form says; refuse what would fail hours later; end what a killed run left."
     for section, of in values.items(): params(section, path=ROOT/"params.yaml", **of)
     if values:
         edit_params(values, path=ROOT/"params.yaml")
@@ -112,8 +111,8 @@ def push(): follow(Command("dvc", "push"))
 
 
 def state():
-    "What was published and judged, if it was: another lock, other parameters or another store, and it is to be done again."
-    return dict(lock=file_digest(ROOT/"dvc.lock"), params=file_digest(ROOT/"params.yaml"), store=tracking_uri(ROOT/"data/mlflow"))
+    "A hash of what was published and judged, if it was: another lock, other parameters or another store, and it is to be done again."
+    return digest(file_digest(ROOT/"dvc.lock"), file_digest(ROOT/"params.yaml"), tracking_uri(ROOT/"data/mlflow"))
 
 
 def work(settle, refetch, values, run):
@@ -159,7 +158,7 @@ def retrain(settle: float = 10, refetch: bool = False, **sections):
     with alone() as free:
         if not free: return Completed(name="Skipped", message="skipped: another run is at work in this workspace")
         close_dead()
-        os.environ["NBS_RUN_ID"] = run = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+        os.environ["NBS_RUN_ID"] = run = run_id()
         with leash(*parent()):
             try: return work(settle, refetch, chosen(sections), run)
             except (WrongCall, OSError) as error:

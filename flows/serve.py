@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Crashed
 
 from flows.commands import BIN
-from flows.home import HOME, ROOT
+from flows.home import HOME, ROOT, python_path
 from flows.reaper import leash
 from flows.runs import end
 from flows.schedules import FILE, entries, flow_of
@@ -27,8 +27,9 @@ PATIENCE = 60  # for a server to answer [s]
 
 
 def answers(url):
-    try: return bool(urlopen(f"{url}/health", timeout=5).close() or True)
+    try: urlopen(f"{url}/health", timeout=5).close()
     except OSError: return False
+    return True
 
 
 def start_server(port):
@@ -97,7 +98,7 @@ def main():
     parser.add_argument("--port", type=int, default=4200, help="of the server that it brings, where none is named")
     args = parser.parse_args()
     os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = python_path()
     try:
         found = entries(args.file.resolve())
         if not found: raise WrongCall(f"{args.file}: it holds no deployment to serve")

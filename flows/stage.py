@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.home import HOME, ROOT
+from flows.home import HOME, ROOT, python_path
 from flows.reaper import find, gone, marked, marks, reap, start_reaper
 from nbs_lib.config import COMMANDS, WrongCall, check_sections, environment, nearest
 from nbs_lib.tracking import link
@@ -120,8 +120,7 @@ def note_signals(stopped: list  # to receive the signals
 
 def mark_environment(id, token):
     "What the kernel and all that it starts inherit: this repository's own library, no progress bars, the run, the marks."
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.environ.update(PYTHONPATH=path, TQDM_DISABLE="1", NBS_RUN_ID=id, **marks(token))
+    os.environ.update(PYTHONPATH=python_path(), TQDM_DISABLE="1", NBS_RUN_ID=id, **marks(token))
 
 
 def execute(notebook, executed, given):

@@ -115,6 +115,15 @@ def repository(finished):
     return finished
 
 
+def wait(condition, seconds=300, pause=.02):
+    "What the condition gives as soon as it holds."
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(pause)
+    return value
+
+
 class PrefectServer:
     "Prefect's own server, on sqlite in a folder, which can be killed and started again."
     def __init__(self, folder):
@@ -131,11 +140,10 @@ class PrefectServer:
         with open(self.folder/"log", "a") as log:
             self.process = subprocess.Popen([Path(sys.executable).with_name("prefect"), "server", "start", "--host", "127.0.0.1", "--port", str(self.port)],
                                             env=os.environ | self.env, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(600):
+        def answers():
             assert self.process.poll() is None, (self.folder/"log").read_text()
-            with suppress(OSError): return urlopen(f"{self.url}/health").close()
-            time.sleep(.2)
-        raise AssertionError("the server does not answer")
+            with suppress(OSError): return urlopen(f"{self.url}/health").close() is None
+        wait(answers, 120, .2)
 
     def ask(self, path, body=None):
         "What the API answers to a POST."

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlflow.entities import ViewType
 
+from conftest import wait
 from nbs_lib.registry import download, history, versions
 from nbs_lib.store import connect, embedded
 from test_interruptions import processes
@@ -37,15 +38,6 @@ for line in sys.stdin:
     except BaseException: traceback.print_exc(); code = 1
     sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 """
-
-
-def wait(condition, seconds=300):
-    "What the condition gives as soon as it holds."
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(.02)
-    return value
 
 
 class Nbs:

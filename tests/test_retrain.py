@@ -101,7 +101,8 @@ def test_after_a_kill_the_next_run_completes(finished, server, stage, process, m
     while processes(finished) and time.monotonic() < begin + 10: time.sleep(.05)
     assert not processes(finished)
     said = end(flow)
-    if process in ("runner", "kernel"): assert flow.returncode == 1 and f"{stage} failed: " in said or process == "runner", said
+    why = dict(runner=f"failed to reproduce '{stage}'", kernel=f"{stage} failed: the kernel died")
+    if process in why: assert flow.returncode == 1 and why[process] in said, said
     assert "version 1 passed" in retrain(finished, server) and registered(finished) == [1]
     assert finished.results() == undisturbed
     if process == "flow":

@@ -4,15 +4,13 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from uuid import uuid4
 
-import psutil
 import pytest
 
-from conftest import PrefectServer
+from conftest import PrefectServer, wait
+from flows import reaper
 from nbs_lib.config import WrongCall
-from nbs_lib.registry import versions
-from nbs_lib.scenes import write_scenes
-from nbs_lib.store import connect
 from test_interruptions import processes
+from test_retrain import drop, registered
 
 ONE = "deployments:\n  - {{name: a, flow: retrain, {}}}\n"
 WRONG = {
@@ -60,7 +58,7 @@ class Served:
             command = f"exec python -m flows.serve --file schedules.yaml --port {self.server.port} >&{log.fileno()} 2>&1"
             self.process = self.workspace.start("bash", "-c", command, env=dict(PREFECT_HOME=str(self.workspace/"home")), pass_fds=[log.fileno()],
                                                 start_new_session=True)
-        wait(lambda: self.deployments())
+        wait_for(lambda: self.deployments())
 
     def deployments(self):
         with suppress(OSError): return {d["name"]: d for d in self.server.ask("/deployments/filter")}
@@ -75,7 +73,7 @@ class Served:
             with suppress(OSError):
                 found = [r for r in self.runs() if r["state"]["name"] == name and r["expected_start_time"] > after]
                 return found if len(found) >= least else None
-        return wait(look)
+        return wait_for(look)
 
     def kill(self):
         self.process.kill()
@@ -85,21 +83,12 @@ class Served:
         assert not left, left
 
 
-def wait(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(.5)
-    return value
+def wait_for(condition): return wait(condition, 240, .5)
 
 
 def marked(workspace):
     "All that bears the mark of this workspace, dead ones left out."
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get("NBS_STAGE_ROOT", "").endswith(f":{workspace.folder}") and process.status() != psutil.STATUS_ZOMBIE: found.append(process)
-    return found
+    return [process for process, env in reaper.marked() if env.get("NBS_STAGE_ROOT", "").endswith(f":{workspace.folder}") and not reaper.gone(process)]
 
 
 def now(): return datetime.now(UTC).isoformat()
@@ -110,22 +99,21 @@ def now(): return datetime.now(UTC).isoformat()
 def test_served_by_one_process(finished):
     "Nothing new five times, new data once; both servers killed; an event, a call; lines that go."
     served = Served(finished, ONE.format("schedules: [{interval: 20}], parameters: {settle: 1}, triggers: [nbs.incoming]"))
-    registered = lambda: [v.version for v in versions(connect(f"sqlite:///{finished/'data/mlflow/mlflow.db'}"), "detector")]
     served.start()
     try:
         served.ended("Completed")
         quiet = served.ended("Nothing new", least=5)
-        assert registered() == [1] and all(r["total_run_time"] < 15 for r in quiet)
+        assert registered(finished) == [1] and all(r["total_run_time"] < 15 for r in quiet)
 
-        write_scenes(finished/"data/incoming/week", scenes=dict(train=20, val=2, test=2), side=64, seed=7)
-        wait(lambda: "runner" in processes(finished))
+        drop(finished, "week", seed=7)
+        wait_for(lambda: "runner" in processes(finished))
         served.kill()
         begin = now()
         served.start()
         assert {r["state"]["message"] for r in served.ended("Crashed")} == {"its process was gone when serving began"}
         assert "version 2" in served.ended("Completed", after=begin)[0]["state"]["message"]
         served.ended("Nothing new", after=begin)
-        assert registered() == [1, 2]
+        assert registered(finished) == [1, 2]
 
         server = next(p for p in marked(finished) if "server" in p.cmdline())
         server.kill()
@@ -137,19 +125,19 @@ def test_served_by_one_process(finished):
         served.server.ask(f"/deployments/{id}/create_flow_run", dict(name="by call"))
         event = dict(id=str(uuid4()), occurred=now(), event="nbs.incoming", resource={"prefect.resource.id": "camera.1"}, payload={})
         with suppress(json.JSONDecodeError): served.server.ask("/events", [event])
-        wait(lambda: any(r["state"]["type"] == "COMPLETED" for r in served.runs(name="by call")))
-        wait(lambda: any((r["created_by"] or {}).get("type") == "AUTOMATION" and r["state"]["type"] == "COMPLETED" for r in served.runs()))
+        wait_for(lambda: any(r["state"]["type"] == "COMPLETED" for r in served.runs(name="by call")))
+        wait_for(lambda: any((r["created_by"] or {}).get("type") == "AUTOMATION" and r["state"]["type"] == "COMPLETED" for r in served.runs()))
 
         served.kill()
         other = "  - {name: b, flow: retrain, schedules: [{cron: '0 2 * * *', timezone: Europe/Berlin}], paused: true}\n"
         served.file.write_text(ONE.format("schedules: []") + other)
         served.start()
-        wait(lambda: set(served.deployments()) == {"a", "b"} and not served.deployments()["a"]["schedules"])
+        wait_for(lambda: set(served.deployments()) == {"a", "b"} and not served.deployments()["a"]["schedules"])
         assert [s["schedule"]["timezone"] for s in served.deployments()["b"]["schedules"]] == ["Europe/Berlin"] and served.deployments()["b"]["paused"]
         served.kill()
         served.file.write_text(ONE.format("schedules: [{interval: 3600}]"))
         served.start()
-        wait(lambda: set(served.deployments()) == {"a"} and len(served.deployments()["a"]["schedules"]) == 1)
+        wait_for(lambda: set(served.deployments()) == {"a"} and len(served.deployments()["a"]["schedules"]) == 1)
         assert not served.deployments()["a"]["paused"]
     finally:
         served.kill()

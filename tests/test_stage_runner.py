@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat, psutil, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
-from conftest import ROOT
+from conftest import ROOT, wait
 from nbs_lib.config import COMMANDS
 
 pytestmark = pytest.mark.timeout(60)
@@ -81,14 +81,8 @@ def alive(repo):
 def one(repo, word): return next(process for process in alive(repo) if word in process.cmdline())
 
 
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end: time.sleep(0.1)
-    assert condition()
-
-
 def wait_until_ready(repo, log=""):
-    wait_for(lambda: "ready" in output(repo, log)[0], 40)
+    wait(lambda: "ready" in output(repo, log)[0], 40)
     assert one(repo, "ipykernel_launcher") and one(repo, "sleep") and one(repo, "flows.reaper")
 
 
@@ -145,7 +139,7 @@ def test_ctrl_c_stops_everything_and_keeps_the_notebook(repo):
 
 def test_term_while_starting(repo):
     runner = stage(repo, "long")
-    wait_for(lambda: (repo/"data/runs/latest").exists(), 20)
+    wait(lambda: (repo/"data/runs/latest").exists(), 20)
     runner.terminate()
     assert runner.wait(10) == 143 and not list(alive(repo)) and output(repo) == ("", "long stopped: SIGTERM\n")
 
@@ -154,7 +148,7 @@ def test_nothing_outlives_a_killed_runner(repo):
     runner = stage(repo, "long")
     wait_until_ready(repo)
     runner.kill()
-    wait_for(lambda: not list(alive(repo)), 10)
+    wait(lambda: not list(alive(repo)), 10)
 
 
 def test_a_killed_kernel_is_told_and_leaves_nothing(repo):
@@ -170,7 +164,7 @@ def test_stages_of_one_repro_share_a_run_and_die_with_it(repo):
     dvc = repro(repo, "next", "long")
     wait_until_ready(repo)
     dvc.kill()  # not collected before the end: to the watchdog a zombie has to be as good as gone
-    wait_for(lambda: not list(alive(repo)), 10)
+    wait(lambda: not list(alive(repo)), 10)
     assert dvc.wait() == -signal.SIGKILL and os.readlink(repo/"data/runs/latest").endswith(f"-{dvc.pid}")
     assert kept(repo) == ["20_next.html", "20_next.ipynb", "40_long.html", "40_long.ipynb"]
 
@@ -180,7 +174,7 @@ def test_survivors_of_a_killed_run_are_ended_and_a_parallel_stage_is_not(repo):
     wait_until_ready(repo, "parallel-")
     others = set(alive(repo))
     killed = stage(repo, "long", log="killed-")
-    wait_for(lambda: "ready" in output(repo, "killed-")[0], 40)
+    wait(lambda: "ready" in output(repo, "killed-")[0], 40)
     next(process for process in set(alive(repo)) - others if "flows.reaper" in process.cmdline()).kill()
     killed.kill()
     killed.wait()
