@@ -1,5 +1,5 @@
 """The runner of a stage, with real kernels, signals and `dvc repro` in a repository of its own."""
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys
 from contextlib import suppress
 from pathlib import Path
 
