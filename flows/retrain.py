@@ -1,11 +1,8 @@
 """The pipeline by itself: new data in, what changed done anew, the model judged, people told. `python -m flows.retrain` runs it once, without a server."""
-import argparse, json, logging, os, shutil, sys
-from contextlib import contextmanager
+import argparse, json, os, shutil, sys
 
 import flows.embedded  # noqa: F401  before prefect
-from filelock import FileLock, Timeout
-from prefect import flow, get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_run_logger
 from prefect.states import Completed
 
 from flows.commands import STAGE, Command, ask, remote
@@ -15,7 +12,7 @@ from flows.notify import notify
 from flows.preflight import keep_edited
 from flows.reaper import leash
 from flows.report import tell
-from flows.runs import close_dead
+from flows.runs import alone, close_dead, one_line, parent, step
 from flows.stage import check_params, end_survivors, stage_notebooks
 from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, run_id, tracking_uri, write_json
 from nbs_lib.incoming import gather, take, waiting
@@ -23,18 +20,6 @@ from nbs_lib.incoming import gather, take, waiting
 CACHE, INCOMING, RAW = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming"
 DONE = CACHE/"retrain.json"  # the state that was published and judged last
 ROOM = 1 << 30  # least free disk [bytes]
-
-
-class Line(logging.Filter):
-    "A wrong call is told in one line; where in our code it was noticed helps nobody."
-    def filter(self, record):
-        if record.exc_info and isinstance(record.exc_info[1], WrongCall): record.exc_info = record.exc_text = None
-        return True
-
-
-def step(name, **more):
-    "A Prefect task that is done anew in every run."
-    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, **more)
 
 
 def follow(command, *fine):
@@ -134,18 +119,6 @@ def work(settle, refetch, values, run):
     return Completed(message=outcome)
 
 
-@contextmanager
-def alone():
-    "Whether this is the only run in this workspace. The lock ends with the process that holds it, however that ends."
-    CACHE.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(CACHE/"retrain.lock", timeout=0)
-    try: lock.acquire()
-    except Timeout: yield False
-    else:
-        try: yield True
-        finally: lock.release()
-
-
 @flow(name="retrain")
 @with_sections("fetch", "ingest", "split", "train", "evaluate", "publish", "gate")
 def retrain(settle: float = 10, refetch: bool = False, **sections):
@@ -155,7 +128,7 @@ def retrain(settle: float = 10, refetch: bool = False, **sections):
         settle: for how long a batch in data/incoming must have been left alone [s]
         refetch: ask the address of the stage fetch again, though nothing changed here
     """
-    with alone() as free:
+    with alone(CACHE/"retrain.lock") as free:
         if not free: return Completed(name="Skipped", message="skipped: another run is at work in this workspace")
         close_dead()
         os.environ["NBS_RUN_ID"] = run = run_id()
@@ -164,11 +137,6 @@ def retrain(settle: float = 10, refetch: bool = False, **sections):
             except (WrongCall, OSError) as error:
                 notify("too many dead letters" if "max_dead_rate" in str(error) else "retraining failed", str(error), True)
                 raise
-
-
-def parent():
-    "The process that serves this flow, if one does: without it nobody would hear of the outcome."
-    return [os.getppid()] if "PREFECT__FLOW_RUN_ID" in os.environ and os.getppid() > 1 else []
 
 
 def main():
@@ -182,5 +150,5 @@ def main():
     sys.exit(not ended.is_completed())
 
 
-for name in ("prefect.flow_runs", "prefect.task_runs"): logging.getLogger(name).addFilter(Line())
+one_line()
 if __name__ == "__main__": main()

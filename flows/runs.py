@@ -1,27 +1,75 @@
-"""What the server says of runs, set right: who holds the workspace's lock knows that no other run of it lives."""
-from prefect import get_client, runtime
-from prefect.client.schemas.filters import FlowRunFilter
+"""What every flow does around its work: one at a time, told in one line where it fails, and the server set right about runs that were killed."""
+import logging, os
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from prefect import get_client, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed
 
 from flows.home import HOME
+from nbs_lib.config import WrongCall
+
+PAGE = 200  # most runs that a server answers at once
+
+
+class Line(logging.Filter):
+    "A wrong call is told in one line; where in our code it was noticed helps nobody."
+    def filter(self, record):
+        if record.exc_info and isinstance(record.exc_info[1], WrongCall): record.exc_info = record.exc_text = None
+        return True
+
+
+def one_line():
+    "Let Prefect's logs of runs tell a wrong call so."
+    for name in ("prefect.flow_runs", "prefect.task_runs"): logging.getLogger(name).addFilter(Line())
+
+
+def step(name, **more):
+    "A Prefect task that is done anew in every run."
+    return task(name=name, task_run_name=name, cache_policy=NO_CACHE, **more)
+
+
+def parent():
+    "The process that serves this flow, if one does: without it nobody would hear of the outcome."
+    return [os.getppid()] if "PREFECT__FLOW_RUN_ID" in os.environ and os.getppid() > 1 else []
+
+
+@contextmanager
+def alone(file: Path  # the lock
+         ):
+    "Whether this is the only run of its kind in this workspace. The lock ends with the process that holds it, however that ends."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, timeout=0)
+    try: lock.acquire()
+    except Timeout: yield False
+    else:
+        try: yield True
+        finally: lock.release()
 
 
 def close_dead():
-    "Mark this run as this workspace's; end runs that were killed before they could say so, and those of the same deployment that are late."
+    "Mark this run as this workspace's; end runs of its flow that were killed before they could say so, and late ones of its deployment."
     this, deployment = runtime.flow_run.id, runtime.deployment.id
+    flow = FlowFilter(name={"any_": [runtime.flow_run.flow_name]})
     with get_client(sync_client=True) as client:
         own = client.read_flow_run(this)
         client.update_flow_run(this, tags=[*own.tags, HOME])
         dead = FlowRunFilter(tags={"all_": [HOME]}, state={"type": {"any_": ["RUNNING", "PENDING"]}}, id={"not_any_": [this]})
-        end(client, dead, Crashed(message="its process was killed; a later run found that out"))
+        end(client, dead, Crashed(message="its process was killed; a later run found that out"), flow_filter=flow)
         if deployment:
             late = FlowRunFilter(deployment_id={"any_": [deployment]}, state={"name": {"any_": ["Late"]}}, id={"not_any_": [this]})
             end(client, late, Cancelled(message="its time had passed, and one run does the work of all"))
 
 
-def end(client, which, state):
-    for run in client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.START_TIME_ASC, limit=200):
-        try: client.set_flow_run_state(run.id, state, force=True)
-        except ObjectNotFound: pass
+def end(client, which, state, **more):
+    "Give all these runs this state, which makes them runs of another kind: until none is left."
+    while runs := client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.START_TIME_ASC, limit=PAGE, **more):
+        for run in runs:
+            try: client.set_flow_run_state(run.id, state, force=True)
+            except ObjectNotFound: pass
+        if len(runs) < PAGE: return
