@@ -8,5 +8,6 @@ from flows.home import ROOT
 
 FOLDER = ROOT/"data/prefect"
 for name, value in dict(PREFECT_SERVER_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{FOLDER/'prefect.db'}",
-                        PREFECT_SERVER_ANALYTICS_ENABLED="false", PREFECT_UI_API_URL="/api").items(): os.environ.setdefault(name, value)
+                        PREFECT_SERVER_ANALYTICS_ENABLED="false", PREFECT_UI_API_URL="/api",
+                        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120").items(): os.environ.setdefault(name, value)
 FOLDER.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,18 @@ def test_after_a_kill_the_next_run_completes(finished, server, stage, process, m
         assert not server.ask("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}})
 
 
+@pytest.mark.parametrize("stage", [pytest.param("train", marks=pytest.mark.flows), *(pytest.param(s, marks=pytest.mark.kills) for s in ("ingest", "evaluate"))])
+def test_a_run_outlives_its_server(finished, server, stage):
+    undisturbed = finished.results()
+    flow = working(finished, server, stage, "middle")
+    server.kill()
+    time.sleep(3)
+    server.start()
+    assert "version 1 passed" in end(flow) and flow.returncode == 0
+    assert finished.results() == undisturbed and "nothing new" in retrain(finished, server)
+    assert not server.ask("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}})
+
+
 @pytest.mark.flows
 def test_one_at_a_time(finished, server):
     flow = working(finished, server, "train", "start")

@@ -9,7 +9,7 @@ import pytest
 from conftest import PrefectServer, wait
 from flows import reaper
 from nbs_lib.config import WrongCall
-from test_interruptions import processes
+from test_interruptions import before, moment_has_come, processes
 from test_retrain import drop, registered
 
 ONE = "deployments:\n  - {{name: a, flow: retrain, {}}}\n"
@@ -139,5 +139,26 @@ def test_served_by_one_process(finished):
         served.start()
         wait_for(lambda: set(served.deployments()) == {"a"} and len(served.deployments()["a"]["schedules"]) == 1)
         assert not served.deployments()["a"]["paused"]
+    finally:
+        served.kill()
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("stage", ["ingest", "train", "evaluate"])
+def test_a_killed_serving_process_is_made_up_for_at_the_next_time(finished, stage):
+    undisturbed = finished.results()
+    before(finished, stage)
+    served = Served(finished, ONE.format("schedules: [{interval: 20}], parameters: {settle: 1}"))
+    served.start()
+    try:
+        wait_for(lambda: moment_has_come(finished, stage, "start"))
+        time.sleep(1)
+        served.kill()
+        assert {p: b for p, b in finished.results().items() if p in undisturbed} != undisturbed, "it was over before it was killed"
+        served.start()
+        assert "version 1 passed" in served.ended("Completed")[0]["state"]["message"]
+        assert {r["state"]["message"] for r in served.ended("Crashed")} == {"its process was gone when serving began"}
+        served.ended("Nothing new")
+        assert finished.results() == undisturbed and registered(finished) == [1]
     finally:
         served.kill()
