@@ -14,9 +14,9 @@ STAGE = re.compile(r"(?:Running stage|Stage) '(?P<name>[^']+)'")
 
 class Command:
     "A running command; its lines come out as it prints them, both streams in one."
-    def __init__(self, *words: str):
+    def __init__(self, *words: str, **env: str):
         self.words, self.said = words, deque(maxlen=200)
-        env = os.environ | dict(PYTHONUNBUFFERED="1", PYTHONPATH=python_path())
+        env = os.environ | dict(PYTHONUNBUFFERED="1", PYTHONPATH=python_path()) | env
         self.process = subprocess.Popen([BIN/words[0], *words[1:]], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                         text=True, errors="replace")
         self.lines = (line.rstrip() for line in self.process.stdout)

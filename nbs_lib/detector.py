@@ -10,7 +10,7 @@ __all__ = ['OURS', 'REFUSED', 'COLUMNS', 'ultralytics', 'open_model', 'check_set
 import atexit, csv, hashlib, inspect, json, logging, os, secrets, shutil, sys, tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
@@ -134,18 +134,21 @@ def data_hash(
     "A hash of what a training learns from: pictures (which are named by their content), boxes and classes of train and val."
     return digest(*(file_digest(Path(tree)/f) for f in ('data.yaml', 'train.json', 'val.json')))
 
+def _over(folder):
+    "Whether a training is finished; one whose folder goes meanwhile is not."
+    with suppress(FileNotFoundError): return any(folder.glob('epoch-*-last'))
+
 @contextmanager
 def _alone(work, key):
-    "The folder of this training, or one of its own while another process is at it; finished ones of other trainings are dropped."
+    "The folder of this training, or the next of its kind while other processes are at it; finished ones of other trainings are dropped."
     work.mkdir(parents=True, exist_ok=True)
-    for done in {last.parent for last in work.glob('*/epoch-*-last')} - {work/key}:
-        with suppress(Timeout), FileLock(f'{done}.lock', timeout=0): shutil.rmtree(done)
-    lock = FileLock(work/f'{key}.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        with tempfile.TemporaryDirectory(dir=work) as own: yield Path(own)
-        return
-    try: yield work/key
+    for done in filter(_over, set(work.iterdir()) - {work/key}):
+        with suppress(Timeout), FileLock(f'{done}.lock', timeout=0):
+            if _over(done): shutil.rmtree(done)  # else another process, which looked at the same time, was faster
+    for folder in (work/(f'{key}-{n}' if n else key) for n in count()):
+        lock = FileLock(f'{folder}.lock')
+        with suppress(Timeout): lock.acquire(timeout=0); break
+    try: yield folder
     finally: lock.release()
 
 # %% ../notebooks/api/20_detector.ipynb #bundle

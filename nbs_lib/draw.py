@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['colours', 'show_boxes', 'show_outline', 'as_png', 'gallery', 'show_pr', 'show_confusion', 'show_slices',
-           'show_curves', 'show_runs', 'show_bars', 'show_histogram', 'show_set', 'show_gate']
+           'show_curves', 'show_runs', 'show_parallel', 'show_bars', 'show_histogram', 'show_set', 'show_gate']
 
 # %% ../notebooks/api/04_draw.ipynb #imports
 import io, textwrap
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from .boxes import Boxes
@@ -164,6 +165,44 @@ def show_runs(
     legend = fig.legend(axes[0, 0].lines, list(runs), fontsize=7, loc='outside lower center', ncols=4, frameon=False)
     for text in legend.get_texts(): text.set_parse_math(False)
     return fig
+
+# %% ../notebooks/api/04_draw.ipynb #show-parallel
+def show_parallel(
+    rows: list,     # of dicts: column → number, or anything that reads as text; None or absent where a run has nothing
+    columns: list,  # names, an axis each
+    colour: str,    # name of the column of numbers that colours the lines
+):                  # the matplotlib Figure
+    "Runs as lines over parallel axes."
+    fig = Figure((1.7 * len(columns) + 1.5, 4), layout='constrained')  # not pyplot's, which would keep it for good
+    ax, known = fig.subplots(), [r[colour] for r in rows if r.get(colour) is not None]
+    scale = ScalarMappable(plt.Normalize(min(known, default=0), max(known, default=1)), 'viridis')
+    axes = [_axis([r[c] for r in rows if r.get(c) is not None], log=c != colour) for c in columns]
+    for r in sorted(rows, key=lambda r: known and (r.get(colour) is not None, r.get(colour) or 0)):
+        style = dict(color='grey', linestyle='dashed') if r.get(colour) is None else dict(color=scale.to_rgba(r[colour]), linewidth=2)
+        ax.plot([np.nan if r.get(c) is None else place(r[c]) for c, (place, _) in zip(columns, axes)], marker='o', markersize=4, clip_on=False, **style)
+    for i, (_, ticks) in enumerate(axes):
+        ax.axvline(i, color='black', linewidth=.8, zorder=0)
+        for y, text in ticks.items():
+            side = dict(x=i + .04, ha='left') if i == len(columns) - 1 else dict(x=i - .04, ha='right')
+            ax.text(y=y, s=text, **side, fontsize=7, va='center', parse_math=False, bbox=dict(facecolor='white', edgecolor='none', alpha=.7, pad=.6))
+    ax.set(xlim=(-.5, len(columns) - .5), ylim=(0, 1), xticks=range(len(columns)), yticks=[]); ax.spines[:].set_visible(False)
+    ax.tick_params(length=0, pad=12, labelbottom=False, labeltop=True); ax.set_xticklabels(columns, fontsize=9, parse_math=False)
+    if len(set(known)) > 1: fig.colorbar(scale, ax=ax).set_label(colour, parse_math=False)
+    return fig
+
+# %% ../notebooks/api/04_draw.ipynb #axis
+def _axis(values, log):
+    "How an axis places values, from 0 to 1, and its ticks: place → text."
+    if not all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in values) or not values:
+        texts = list(dict.fromkeys(map(str, values)))
+        place = lambda v: (texts.index(str(v)) + .5) / len(texts)
+        return place, {place(t): t if len(t) <= 20 else f'{t[:19]}…' for t in texts}
+    low, high = min(values), max(values)
+    size = np.log if (log := log and 0 < low < high / 10) else float
+    place = lambda v: .5 if low == high else (size(v) - size(low)) / (size(high) - size(low))
+    places = {place(v): f'{v:.4g}' for v in sorted(values)}
+    if min(np.diff(list(places)), default=1) > .06: return place, places
+    return place, {place(v): f'{v:.3g}' for v in (np.geomspace if log else np.linspace)(low, high, 6)}
 
 # %% ../notebooks/api/04_draw.ipynb #show-bars
 def show_bars(
