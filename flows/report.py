@@ -14,7 +14,7 @@ WIDTH = 900  # of a picture in a report [pixels]
 
 def tell(run: str,        # id: the folder of its notebooks
          taken: list,     # batches that became raw data
-         waits: list,     # batches without annotations
+         scored: list,    # a line for each batch of pictures that the champion scored
          published: dict, # what `nbs publish` answered
          judged: dict     # what `nbs gate` answered
         ):
@@ -27,10 +27,10 @@ def tell(run: str,        # id: the folder of its notebooks
     create_table_artifact([dict(code=code, letters=n) for code, n in ingest["letters"].items()] or [dict(code="none", letters=0)], key="dead-letters",
                           description=f"{ingest['samples']} of {ingest['pictures']} pictures and {ingest['boxes_kept']} of {ingest['boxes']} boxes are used; "
                                       "`nbs letters` lists the others")
-    create_markdown_artifact(markdown(run, taken, waits, published, judged, evaluate, pages), key="retraining")
+    create_markdown_artifact(markdown(run, taken, scored, published, judged, evaluate, pages), key="retraining")
 
 
-def markdown(run, taken, waits, published, judged, evaluate, pages):
+def markdown(run, taken, scored, published, judged, evaluate, pages):
     "The report of a run."
     verdict = "is champion" if judged["promoted"] else "was refused"
     lines = [f"# Version {judged['version']} {verdict}", "", judged["text"], "", "| score on the test pictures | value |", "|---|---|",
@@ -39,7 +39,7 @@ def markdown(run, taken, waits, published, judged, evaluate, pages):
     if judged.get("difference") is not None:
         lines.append(f"| mAP over the champion's | {judged['difference']:+.3f} ({judged['low']:+.3f} to {judged['high']:+.3f}) |")
     if taken: lines += ["", f"New data: {', '.join(taken)} (`git add` their `.dvc` files in data/raw/incoming)"]
-    if waits: lines += ["", f"To be scored: {', '.join(waits)}"]
+    if scored: lines += ["", "Scored by the champion:", *(f"- {line}" for line in scored)]
     executed = ", ".join(p.stem for p in pages) or "none, all came from the cache"
     lines += ["", f"MLflow run {published['name']} ({published['run']}); notebooks of this run: {executed}", ""]
     pictures = {"training": last_picture(RUNS/run/"40_train.ipynb"), "worst pictures": (REPORTS/"worst.png").read_bytes()}

@@ -1,5 +1,6 @@
 """The pipeline by itself: new data in, what changed done anew, the model judged, people told. `python -m flows.retrain` runs it once, without a server."""
-import argparse, json, os, shutil, sys
+import argparse, json, os, shutil
+from contextlib import suppress
 
 import flows.embedded  # noqa: F401  before prefect
 from prefect import flow, get_run_logger
@@ -12,7 +13,8 @@ from flows.notify import notify
 from flows.preflight import keep_edited
 from flows.reaper import leash
 from flows.report import tell
-from flows.runs import alone, close_dead, one_line, parent, step
+from flows.runs import alone, close_dead, leave, one_line, parent, step
+from flows.score import champion, planned, score
 from flows.stage import check_params, end_survivors, stage_notebooks
 from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, run_id, tracking_uri, write_json
 from nbs_lib.incoming import gather, take, waiting
@@ -95,6 +97,18 @@ def gate():
 def push(): follow(Command("dvc", "push"))
 
 
+def scored(waits):
+    "Let the champion, where there is one, score what waits and was not scored by it before; a line a batch."
+    try: bundle = waits and champion()
+    except WrongCall as error: return get_run_logger().warning(f"{', '.join(waits)} cannot be scored yet: {error}")
+    said = []
+    for source in [str(INCOMING/name) for name in waits]:
+        with suppress(WrongCall):  # which the run that scores will tell
+            if planned(bundle, source, {}).done: continue
+        said.append(score(pictures=source, return_state=True).message)
+    return said
+
+
 def state():
     "A hash of what was published and judged, if it was: another lock, other parameters or another store, and it is to be done again."
     return digest(file_digest(ROOT/"dvc.lock"), file_digest(ROOT/"params.yaml"), tracking_uri(ROOT/"data/mlflow"))
@@ -107,13 +121,14 @@ def work(settle, refetch, values, run):
     taken, waits = incoming(settle, run)
     changed = ask("dvc", "status", "--json")
     if not changed and DONE.is_file() and read_json(DONE) == state():
+        if said := scored(waits): return Completed(message="; ".join(said))
         return Completed(name="Nothing new", message="nothing new: data, code and parameters are those of the last run")
     keep_edited()
     reproduce()
     published, judged = publish(), gate()
     if remote(): push()
     write_json(DONE, state())
-    tell(run, taken, waits, published, judged)
+    tell(run, taken, scored(waits), published, judged)
     outcome = f"version {judged['version']} {judged['text']}"
     if judged["new"]: notify(f"model {'promoted' if judged['promoted'] else 'refused'}", outcome, not judged["promoted"])
     return Completed(message=outcome)
@@ -145,9 +160,7 @@ def main():
     parser.add_argument("--settle", type=float, default=10, help="seconds for which a batch in data/incoming must have been left alone")
     parser.add_argument("--refetch", action="store_true", help="ask the address of the stage fetch again, though nothing changed here")
     args = parser.parse_args()
-    ended = retrain(settle=args.settle, refetch=args.refetch, return_state=True)
-    print(ended.message, file=sys.stderr if ended.is_failed() else sys.stdout)
-    sys.exit(not ended.is_completed())
+    leave(retrain(settle=args.settle, refetch=args.refetch, return_state=True))
 
 
 one_line()

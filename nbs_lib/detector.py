@@ -258,16 +258,23 @@ class Detector:
     imgsz: int     # side of the square it was trained on [pixels]
     device: str    # auto, cpu, 0
 
+    @property
+    def on_cpu(self):
+        import torch
+        return self.device == 'cpu' or self.device == 'auto' and not torch.cuda.is_available()
+
 def load(
-    bundle: Path,        # folder with best.pt and model.json
-    device: str = 'auto' # auto, cpu, 0
+    bundle: Path,         # folder with best.pt and model.json
+    device: str = 'auto', # auto, cpu, 0
+    threads: int = None,  # of torch, where a CPU predicts; None: as many as there are cores
 ) -> Detector:
     "Load a bundle. Raises `WrongCall` where there is none, or its weights are not the ones model.json speaks of."
     about = read_json(Path(bundle)/'model.json')
     yolo = open_model(str(Path(bundle)/'best.pt'))
     if (found := tensor_hash(yolo.model.half().state_dict())) != about['tensors']:
         raise WrongCall(f"{bundle}: best.pt has other weights ({found}) than model.json says ({about['tensors']})")
-    yolo.model.float(); yolo.add_callback('on_predict_start', _all_cores)
+    set_threads = _all_cores if threads is None else lambda _: sys.modules['torch'].set_num_threads(threads)
+    yolo.model.float(); yolo.add_callback('on_predict_start', set_threads)
     return Detector(yolo, about['names'], about['imgsz'], device)
 
 # %% ../notebooks/api/20_detector.ipynb #predict

@@ -137,7 +137,7 @@ def _stages(made):
 def _attach(client, run, made, told):
     "Give a run all that it lacks."
     entities, id, sections = mlflow().entities, run.info.run_id, read_yaml(made.params)
-    made_it = {k: v for s in sections if s not in ('evaluate', 'publish', 'gate') for k, v in flat(s, sections[s]).items()}
+    made_it = {k: v for s in sections if s not in ('evaluate', 'score', 'publish', 'gate') for k, v in flat(s, sections[s]).items()}
     pages = _pages(run) | {s: file_digest(nb) for s, nb in made.executed.items()}
     tags = {'nbs.model': told['model']['tensors'], 'mlflow.note.content': _note(told, pages), 'nbs.notebooks': json.dumps(pages)}
     batches = dict(metrics=list(_lacking(client, run, told)), params=[entities.Param(k, v) for k, v in made_it.items() if k not in run.data.params],

@@ -306,7 +306,7 @@ def download(
 ) -> Path:               # the folder
     "The bundle of a version, whole or not at all; nothing is done where `out` holds it already. Raises `WrongCall` where its artifacts are gone."
     v = find(client, name, version)
-    about = dict(name=name, version=v.version, model_id=v.model_id, bundle=v.tags.get('nbs.bundle'))
+    about = dict(name=name, version=v.version, run=v.run_id, model_id=v.model_id, bundle=v.tags.get('nbs.bundle'))
     if (Path(out)/'version.json').exists() and read_json(Path(out)/'version.json') == about: return Path(out)
     if not stored(client, v): raise WrongCall(_gone(client, v))
     with replacing(out, folder=True) as tmp:

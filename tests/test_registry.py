@@ -174,7 +174,7 @@ def test_through_a_server(server, tmp_path):
     assert stored(server, v) and v.source == f"models:/{v.model_id}"
     out = download(server, "detector", 2, tmp_path/"out")
     assert (out/"best.pt").read_text() == "b2" and sorted(p.name for p in out.iterdir()) == ["best.pt", "version.json"]
-    assert read_json(out/"version.json") == dict(name="detector", version=2, model_id=v.model_id, bundle="b2")
+    assert read_json(out/"version.json") == dict(name="detector", version=2, run=v.run_id, model_id=v.model_id, bundle="b2")
     assert lineage(server, "detector", 2)["commit"] == "c0ffee"
     gone = publish(server, tmp_path, "b5")
     shutil.rmtree(next(server.folder.rglob(gone.model_id)))

@@ -6,21 +6,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import psutil
 import pytest
 
-from conftest import PrefectServer
 from nbs_lib.registry import versions
 from nbs_lib.scenes import write_scenes
 from nbs_lib.store import connect
 from test_interruptions import before, moment_has_come, processes
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("prefect")]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
-    server.start()
-    yield server
-    server.kill()
 
 
 @contextmanager
@@ -63,10 +54,12 @@ def test_only_what_is_new_makes_a_version(finished, server):
         assert len(heard) == 2
     assert finished.report("ingest")["recognised"]["incoming/week 1"].startswith("coco")
     assert (finished/"data/raw/incoming/week 1.dvc").exists() and not (finished/"data/incoming/week 1").exists()
-    assert (finished/"data/incoming/unclear/a.txt").exists()
+    assert (finished/"data/incoming/unclear/a.txt").exists() and not (finished/"data/predictions/unclear").exists()
+    assert json.loads((finished/"data/predictions/pictures/report.json").read_text())["scored"] > 10
     assert "nothing new" in retrain(finished, server)
     artifacts = {a["key"]: a["data"] for a in server.ask("/artifacts/latest/filter")}
     assert "# Version 2" in artifacts["retraining"] and "data:image/jpeg" in artifacts["retraining"] and "New data: week 1" in artifacts["retraining"]
+    assert "Scored by the champion:\n- data/predictions/pictures: " in artifacts["retraining"]
     assert {"notebook-train", "notebook-evaluate", "dead-letters"} <= set(artifacts)
 
 

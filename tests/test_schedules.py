@@ -33,7 +33,7 @@ WHOLE = {"x: 1": "one list is expected", "deployments: [{name: a, flow: retrian}
 
 def test_what_is_wrong_in_the_file_is_one_line(tmp_path):
     from flows.schedules import entries
-    assert [entry.name for entry in entries()] == ["nightly"]
+    assert [(entry.flow, entry.name, entry.paused) for entry in entries()] == [("retrain", "nightly", False), ("score", "daily", True)]
     for text, why in {**{ONE.format(text): why for text, why in WRONG.items()}, **WHOLE}.items():
         (tmp_path/"s.yaml").write_text(text)
         with pytest.raises(WrongCall) as error: entries(tmp_path/"s.yaml")
