@@ -11,7 +11,7 @@ PORT ?= 5000
 # Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run retrain serve mlflow test test-kills test-flows test-large guides lab image export lock clean
+.PHONY: help install run retrain serve deploy mlflow test test-kills test-flows test-large guides lab image export lock clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ retrain: install  ## what the schedule does, once and without a server: new data
 
 serve: install  ## the schedules of flows/schedules.yaml, with Prefect's pages on http://127.0.0.1:4200
 	@python -m flows.serve
+
+deploy: install  ## the same schedules on the server that PREFECT_API_URL names, for workers (IMAGE=… or SOURCE=…, which is git's origin)
+	@python -m flows.deploy $(if $(IMAGE),--image '$(IMAGE)',--source '$(or $(SOURCE),$(shell git remote get-url origin 2>/dev/null))')
 
 mlflow: install  ## MLflow's pages on the workspace's own runs and models, http://127.0.0.1:5000 (PORT=… for another)
 	@test -f data/mlflow/mlflow.db || { echo "mlflow: data/mlflow holds nothing yet: make run"; exit 1; }

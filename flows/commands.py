@@ -48,6 +48,13 @@ def ask(*words: str):
     return json.loads(done.stdout or "{}")
 
 
+def git(folder, *words: str):
+    "What git answers in a folder. Raises `WrongCall` where it fails; it never asks for a password."
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, env=os.environ | dict(GIT_TERMINAL_PROMPT="0"))
+    if done.returncode: raise WrongCall(f"git {words[0]}: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}")
+    return done.stdout.strip()
+
+
 def remote():
     "Whether DVC has a default remote."
     return subprocess.run([BIN/"dvc", "remote", "default"], cwd=ROOT, capture_output=True).returncode == 0

@@ -5,6 +5,7 @@ Its commit, what was changed in it, its parameters and its data are laid out asi
 import argparse, json, os, shutil, subprocess, sys
 from pathlib import Path
 
+from flows.commands import git
 from flows.home import ROOT
 from nbs_lib.config import WrongCall, params, read_json, read_yaml, tracking_uri
 from nbs_lib.registry import find
@@ -21,12 +22,6 @@ def attached(client, run_id, folder):
             if name in there: client.download_artifacts(run_id, name, str(folder))
     missing = sorted({"params.yaml", "dvc.lock", "reports"} - there)
     if missing: raise WrongCall(f"run {run_id} keeps no {' and no '.join(missing)}: it was never published")
-
-
-def git(folder, *words):
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
-    if done.returncode: raise WrongCall(f"git {words[0]}: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout.strip()
 
 
 def lay_out(tags, kept, folder):

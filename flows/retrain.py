@@ -45,6 +45,7 @@ def preflight(values):
         edit_params(values, path=ROOT/"params.yaml")
         get_run_logger().info(f"written into params.yaml: {values}")
     check_params(stage_notebooks(), under_dvc=True)
+    if not (ROOT/".git").exists(): follow(Command("dvc", "config", "--local", "core.no_scm", "true"))  # an image, an archive
     if (free := shutil.disk_usage(ROOT).free) < ROOM:
         raise WrongCall(f"{free >> 20} MB of disk are free where {ROOM >> 20} MB are needed: `dvc gc --workspace` frees some")
     end_survivors()
@@ -74,8 +75,8 @@ def stage(heading, repro):
 
 
 def reproduce():
-    "One `dvc repro`; each stage is a task from where DVC says that it begins."
-    repro = Command("dvc", "repro")
+    "One `dvc repro`; each stage is a task from where DVC says that it begins. What a clone pushed that is gone is not made again, but pulled."
+    repro = Command("dvc", "repro", *(["--pull"] if remote() else []))
     heading = next(filter(STAGE.match, repro), None)
     while heading: heading = stage.with_options(name=(name := STAGE.match(heading)["name"]), task_run_name=name)(heading, repro)
     repro.end()
@@ -94,7 +95,7 @@ def gate():
 
 
 @step("push", retries=3, retry_delay_seconds=[1, 5, 15])
-def push(): follow(Command("dvc", "push"))
+def push(): follow(Command("dvc", "push", "--run-cache"))
 
 
 def scored(waits):

@@ -6,6 +6,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from prefect import get_client, runtime, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
@@ -65,17 +66,27 @@ def close_dead():
     with get_client(sync_client=True) as client:
         own = client.read_flow_run(this)
         client.update_flow_run(this, tags=[*own.tags, HOME])
-        dead = FlowRunFilter(tags={"all_": [HOME]}, state={"type": {"any_": ["RUNNING", "PENDING"]}}, id={"not_any_": [this]})
-        end(client, dead, Crashed(message="its process was killed; a later run found that out"), flow_filter=flow)
-        if deployment:
-            late = FlowRunFilter(deployment_id={"any_": [deployment]}, state={"name": {"any_": ["Late"]}}, id={"not_any_": [this]})
-            end(client, late, Cancelled(message="its time had passed, and one run does the work of all"))
+        dead = lambda **which: FlowRunFilter(state={"type": {"any_": ["RUNNING", "PENDING"]}}, id={"not_any_": [this]}, **which)
+        crashed = Crashed(message="its process was killed; a later run found that out")
+        found = end(client, dead(tags={"all_": [HOME]}), crashed, flow_filter=flow)
+        if not deployment: return
+        late = FlowRunFilter(deployment_id={"any_": [deployment]}, state={"name": {"any_": ["Late"]}}, id={"not_any_": [this]})
+        end(client, late, Cancelled(message="its time had passed, and one run does the work of all"))
+        slot = client.read_deployment(deployment).global_concurrency_limit
+        if not (slot and slot.limit == 1 and own.state.state_details.deployment_concurrency_lease_id): return
+        # Whoever holds the only slot knows that no other run of the deployment lives, wherever its folder was.
+        found += end(client, dead(deployment_id={"any_": [deployment]}), crashed)
+        # A run whose lease ran out gives back, when it is ended, a slot that is this one's by now.
+        if found: client.update_global_concurrency_limit(slot.name, GlobalConcurrencyLimitUpdate(active_slots=1))
 
 
 def end(client, which, state, **more):
-    "Give all these runs this state, which makes them runs of another kind: until none is left."
+    "Give all these runs this state, which makes them runs of another kind: until none is left. How many there were."
+    ended = 0
     while runs := client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.START_TIME_ASC, limit=PAGE, **more):
         for run in runs:
             try: client.set_flow_run_state(run.id, state, force=True)
             except ObjectNotFound: pass
-        if len(runs) < PAGE: return
+        ended += len(runs)
+        if len(runs) < PAGE: break
+    return ended

@@ -134,7 +134,8 @@ class PrefectServer:
         self.url = f"http://127.0.0.1:{self.port}/api"
         database = f"sqlite+aiosqlite:///{folder}/prefect.db"
         self.env = dict(PREFECT_HOME=str(folder), PREFECT_API_URL=self.url, PREFECT_SERVER_DATABASE_CONNECTION_URL=database,
-                        PREFECT_SERVER_ANALYTICS_ENABLED="false")
+                        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+                        PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem")
 
     def start(self):
         with open(self.folder/"log", "a") as log:

@@ -12,6 +12,7 @@ from nbs_lib.config import WrongCall
 from test_interruptions import before, moment_has_come, processes
 from test_retrain import drop, registered
 
+POOLS = "work_pools: {cpu: process}\n"
 ONE = "deployments:\n  - {{name: a, flow: retrain, {}}}\n"
 WRONG = {
     "schedules: [{cron: 'x y'}]": "deployment a: schedule 1: Invalid cron string",
@@ -25,16 +26,21 @@ WRONG = {
     "parameters: {settle: soon}": "settle: Input should be a valid number",
     "parameters: {trian: {epochs: 3}}": "retrain has no parameter 'trian'. Did you mean 'train'?",
     "parameters: {train: {epochs: many}}": "train.epochs: Input should be a valid integer",
-    "parameters: {train: {epochz: 3}}": "train.epochz: Extra inputs are not permitted",
+    "parameters: {train: {epochz: 3}}": "there is no key train.epochz. Did you mean 'epochs'?",
+    "name: a/b": "name: String should match pattern",
+    "work_pool: {name: cpo}": "work_pools has no pool 'cpo'. Did you mean 'cpu'?",
+    "work_pool: {name: cpu, work_queue: fast}": "there is no key work_pool.work_queue. Did you mean 'work_queue_name'?",
 }
-WHOLE = {"x: 1": "one list is expected", "deployments: [{name: a, flow: retrian}]": "Did you mean 'retrain'?",
+WHOLE = {"work_pools: {cpu: proces}\ndeployments: []": "work_pools: cpu: there is no type 'proces'. Did you mean 'process'?",
+         "work_pools: [cpu]\ndeployments: []": "a type is expected for each name", "x: 1": "one list is expected",
+         "deployments: [{name: a, flow: retrian}]": "Did you mean 'retrain'?",
          "deployments: [{name: a, flow: retrain}, {name: a, flow: retrain}]": "two deployments retrain/a"}
 
 
 def test_what_is_wrong_in_the_file_is_one_line(tmp_path):
     from flows.schedules import entries
     assert [(entry.flow, entry.name, entry.paused) for entry in entries()] == [("retrain", "nightly", False), ("score", "daily", True)]
-    for text, why in {**{ONE.format(text): why for text, why in WRONG.items()}, **WHOLE}.items():
+    for text, why in {**{POOLS + ONE.format(text): why for text, why in WRONG.items()}, **WHOLE}.items():
         (tmp_path/"s.yaml").write_text(text)
         with pytest.raises(WrongCall) as error: entries(tmp_path/"s.yaml")
         assert why in str(error.value) and "\n" not in str(error.value)
