@@ -10,10 +10,11 @@ from flows.commands import STAGE, Command, ask, remote
 from flows.forms import chosen, with_sections
 from flows.home import ROOT
 from flows.notify import notify
+from flows.once import once
 from flows.preflight import keep_edited
 from flows.reaper import leash
 from flows.report import tell
-from flows.runs import alone, close_dead, leave, one_line, parent, step
+from flows.runs import alone, close_dead, one_line, parent, step
 from flows.score import champion, planned, score
 from flows.stage import check_params, end_survivors, stage_notebooks
 from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, run_id, tracking_uri, write_json
@@ -156,12 +157,12 @@ def retrain(settle: float = 10, refetch: bool = False, **sections):
 
 
 def main():
-    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly."
+    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly, or no server where one is named."
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="Do anew what changed, publish, judge. Once, without a server.")
     parser.add_argument("--settle", type=float, default=10, help="seconds for which a batch in data/incoming must have been left alone")
     parser.add_argument("--refetch", action="store_true", help="ask the address of the stage fetch again, though nothing changed here")
     args = parser.parse_args()
-    leave(retrain(settle=args.settle, refetch=args.refetch, return_state=True))
+    print(once(retrain, settle=args.settle, refetch=args.refetch).message)
 
 
 one_line()

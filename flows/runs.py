@@ -1,5 +1,5 @@
 """What every flow does around its work: one at a time, told in one line where it fails, and the server set right about runs that were killed."""
-import logging, os, sys
+import logging, os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,12 +33,6 @@ def one_line():
 def step(name, **more):
     "A Prefect task that is done anew in every run."
     return task(name=name, task_run_name=name, cache_policy=NO_CACHE, **more)
-
-
-def leave(ended):
-    "Tell how a run ended, and end the process so. Status 0: done, or nothing to do; 1: failed."
-    print(ended.message, file=sys.stdout if ended.is_completed() else sys.stderr)
-    sys.exit(not ended.is_completed())
 
 
 def parent():

@@ -10,8 +10,9 @@ from prefect.states import Completed
 from flows.forms import chosen, with_sections
 from flows.home import ROOT
 from flows.notify import notify
+from flows.once import once
 from flows.reaper import leash
-from flows.runs import alone, close_dead, leave, parent
+from flows.runs import alone, close_dead, parent
 from flows.spread import spread
 from flows.stage import end_survivors
 from nbs_lib.config import WrongCall, params, read_json, tracking_uri
@@ -93,7 +94,7 @@ def score(pictures: str = "", batch: str = "", draw: bool = False, task_runner: 
 
 
 def main():
-    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly."
+    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly, or no server where one is named."
     parser = argparse.ArgumentParser(prog="python -m flows.score", description="Score pictures with the champion. Once, without a server.")
     parser.add_argument("pictures", nargs="?", default="", help="folder, text file with a path a line, or glob; default: score.pictures of params.yaml")
     parser.add_argument("--batch", default="", help="each folder in it that is called so, such as %%Y-%%m-%%d (today's) or * (every one)")
@@ -103,9 +104,8 @@ def main():
     parser.add_argument("--workers", type=int, default=0, help="processes on this machine; default: one a core")
     parser.add_argument("--json", action="store_true", help="print the batches' reports for a program")
     args = vars(parser.parse_args())
-    as_json, ended = args.pop("json"), score(**args, return_state=True)
-    if as_json and ended.is_completed(): return print(json.dumps(ended.result()))
-    leave(ended)
+    as_json, ended = args.pop("json"), once(score, **args)
+    print(json.dumps(ended.result()) if as_json else ended.message)
 
 
 if __name__ == "__main__": main()

@@ -1,0 +1,21 @@
+"""A flow run once, from the command line."""
+import sys
+
+from prefect.settings import PREFECT_API_URL
+
+from flows.server import check_server
+from nbs_lib.config import WrongCall
+
+
+def once(flow, **given):
+    "The state of a run that completed; of another one say why, and exit: with status 1, or 2 where a server is named and there is none."
+    try:
+        if url := PREFECT_API_URL.value(): check_server(url)
+    except WrongCall as error:
+        print(f"{flow.name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    try: ended = flow(**given, return_state=True)
+    except RuntimeError as error:
+        if "ephemeral" not in str(error): raise
+        sys.exit(f"{flow.name}: the server that Prefect brings for a run did not start in time; on a busy machine name one that runs in PREFECT_API_URL")
+    return ended if ended.is_completed() else sys.exit(ended.message)
