@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 from .boxes import iou, to_xywh
-from .config import replacing
+from .config import WrongCall, replacing
 
 # %% ../notebooks/api/11_scenes.ipynb #material
 def material(
@@ -86,8 +86,10 @@ def write_scenes(
     side: int = 160,    # width and height of a scene [pixels]
     seed: int = 0,
 ) -> dict:              # part → number of scenes
-    "Make the demo set; the same seed gives the same bytes. The training part holds ten planted faults."
+    "Make the demo set; the same seed gives the same bytes. The training part holds ten planted faults. Raises `WrongCall` for a side that no photograph has."
     photos, parts = material(seed)
+    most = min(n for photo in photos for n in photo.size) - 1
+    if not 36 <= side <= most: raise WrongCall(f'side {side}: a scene has 36 to {most} pixels')
     with replacing(out, folder=True) as tmp:
         for k, (part, n) in enumerate(scenes.items()):
             coco = _part(np.random.default_rng([seed, k]), tmp/part, n, photos, parts[part], side, dirty=part == 'train')
