@@ -1,5 +1,5 @@
 """Where the shards of a batch are done: in processes of this machine, or on a Ray cluster whose machines see the workspace under the same path."""
-import os
+import os, socket
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 
@@ -38,6 +38,7 @@ def pool(kind, address, workers):
     if kind == "process":
         with ProcessPoolTaskRunner(max_workers=workers) as tasks: yield tasks
         return
+    if address: check(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from prefect_ray import RayTaskRunner
     from prefect_ray.context import remote_options
@@ -49,11 +50,17 @@ def pool(kind, address, workers):
             try: tasks = stack.enter_context(RayTaskRunner(address or None, how))
             except Exception as error:
                 ray.shutdown()
-                why = f"Ray does not {f'answer at {address}' if address else 'start'}: {' '.join(str(error).split())[:300]}"
-                if tries == 1: raise WrongCall(why) from error
+                if tries == 1: raise WrongCall(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
             else: break
         if "GPU" in ray.cluster_resources(): stack.enter_context(remote_options(num_gpus=1))  # else Ray hides the cards from a task
         yield tasks
+
+
+def check(address):
+    "Raises `WrongCall` unless something answers there, which Ray itself would await for many minutes."
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try: socket.create_connection((host, int(port)), 10).close()
+    except (OSError, ValueError) as error: raise WrongCall(f"no Ray cluster answers at {address} ({error}): name host:6379, or ray://host:10001") from None
 
 
 one_line()

@@ -81,7 +81,7 @@ def batch_name(
     "What a batch is called."
     place = Path(os.path.normpath(Path(home).absolute()/source))
     name = place.relative_to(incoming) if place != incoming and place.is_relative_to(incoming) else place.name
-    return re.sub(r'[/\\*?\[\]]+', '-', str(name)).strip('-.') or 'pictures'
+    return re.sub(r'[*?\[\]]+', '_', str(name).replace('/', '-')).lstrip('.') or 'pictures'
 
 # %% ../notebooks/api/31_score.ipynb #job
 @dataclass(frozen=True)
