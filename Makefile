@@ -62,12 +62,12 @@ test: install  ## every notebook, every rule, the whole pipeline on a small sett
 	@echo "test: api notebooks, rules, end to end"
 	@python -m pytest
 
-test-kills: install  ## every process stopped at three moments of every stage (twenty minutes)
+test-kills: install  ## every process stopped at three moments of every stage (forty minutes)
 	@echo "test-kills: KILL, TERM, Ctrl-C, full disk"
-	@python -m pytest -n 0 -m kills -s tests/test_interruptions.py tests/test_retrain.py
+	@python -m pytest -n 0 -m kills -s
 
-test-flows: install  ## schedules, kills and failures of the flows, on real Prefect servers (ten minutes)
-	@echo "test-flows: serve, retrain, killed and fed with new data"
+test-flows: install  ## schedules, workers, scoring, sweeps, kills and failures, on real Prefect servers (half an hour)
+	@echo "test-flows: serve, deploy, retrain, score, sweep, killed and fed with new data"
 	@python -m pytest -n 0 -m flows -s
 
 test-large: install  ## annotation files of a gigabyte, a million letters, 20,000 pictures (some twenty minutes, 10 GB of disk)

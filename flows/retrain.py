@@ -96,7 +96,9 @@ def gate():
 
 
 @step("push", retries=3, retry_delay_seconds=[1, 5, 15])
-def push(): follow(Command("dvc", "push", "--run-cache"))
+def push():
+    follow(Command("dvc", "push", "--run-cache"))
+    follow(Command("python", "-m", "flows.push"))
 
 
 def scored(waits):

@@ -2,6 +2,7 @@
 import json, os, shutil, signal, socket, subprocess, sys, time
 from contextlib import suppress
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -147,9 +148,14 @@ class PrefectServer:
         wait(answers, 120, .2)
 
     def ask(self, path, body=None):
-        "What the API answers to a POST."
+        "What the API answers to a POST; where its sqlite was busy, once more."
         request = Request(self.url + path, json.dumps(body or {}).encode(), {"Content-Type": "application/json"})
-        with urlopen(request) as answer: return json.load(answer)
+        for last in (False, False, True):
+            try:
+                with urlopen(request) as answer: return json.load(answer)
+            except HTTPError as error:
+                if last or error.code != 503: raise
+                time.sleep(2)
 
     def kill(self):
         os.killpg(self.process.pid, signal.SIGKILL)

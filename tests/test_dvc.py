@@ -61,6 +61,20 @@ def test_push_and_pull_into_a_fresh_clone_that_runs_nothing(repository, tmp_path
     assert not (clone/"data/runs").exists() and clone.results() == repository.results()
 
 
+def test_a_fresh_clone_restores_what_another_ran(repository, tmp_path):
+    "Though git never heard of it: from the run-cache in the remote, small files that lie in git included."
+    undisturbed = repository.results()
+    repository.run("dvc", "remote", "add", "--default", "folder", tmp_path/"remote")
+    repository.run("dvc", "push", "--run-cache")
+    repository.run("python", "-m", "flows.push")
+    git(repository, "rm", "--quiet", "-r", "--cached", "dvc.lock", "data/reports")
+    git(repository, "commit", "--quiet", "--all", "--message", "a remote")
+    git(repository, "clone", "--quiet", ".", tmp_path/"clone")
+    clone = Workspace.at(tmp_path/"clone")
+    said = clone.run("dvc", "repro", "--pull")
+    assert "Running stage" not in said and said.count("is cached") == 5 and clone.results() == undisturbed, said
+
+
 def edit(workspace, notebook, kind, text):
     "Append to the last cell of a kind, and export."
     path = workspace/f"notebooks/api/{notebook}.ipynb"
