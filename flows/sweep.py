@@ -2,7 +2,7 @@
 
 Each set has a run folder of its own, and where it trains a run in MLflow. What is finished is not done again by the next call.
 """
-import argparse, json, os, queue, re, subprocess, sys, threading
+import argparse, json, os, queue, re, secrets, subprocess, sys, threading
 from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -57,9 +57,10 @@ def content(path: Path):
 
 
 def needs(stage: str):
-    "A hash of what dvc.yaml says that the stage depends on, besides parameters: code and data."
-    told, deps = read_yaml(ROOT/"params.yaml"), read_yaml(ROOT/"dvc.yaml")["stages"].get(stage, {}).get("deps", [])
-    deps = [re.sub(r"\$\{(\w+)\.(\w+)\}", lambda key: str(told[key[1]][key[2]]), dep) for dep in deps]
+    "A hash of what dvc.yaml says that the stage depends on, besides parameters: code and data. Of another stage nobody knows: each sweep of it starts over."
+    told, stages = read_yaml(ROOT/"params.yaml"), read_yaml(ROOT/"dvc.yaml")["stages"]
+    if stage not in stages: return secrets.token_hex(8)
+    deps = [re.sub(r"\$\{(\w+)\.(\w+)\}", lambda key: str(told[key[1]][key[2]]), dep) for dep in stages[stage]["deps"]]
     return digest({dep: content(ROOT/dep) for dep in deps})
 
 
