@@ -88,13 +88,17 @@ def watch(token: str,    # of the runner
           *parents: str  # pids that it shall not outlive: of its `dvc`, of the server of its flow
          ):
     "Wait for the end of the runner, which an end of a parent brings about, then end what it left."
-    runner, parents = find(runner), [find(pid) for pid in parents]
+    runner, parents, orphan = find(runner), [find(pid) for pid in parents], False
     while not pipe_ends(within=0.5):
         if not any(map(gone, parents)): continue
+        orphan = True
         with suppress(psutil.Error):
             runner.terminate()
             if not pipe_ends(within=5): runner.kill()  # time enough to keep its notebook
     reap(token)
+    if orphan and not os.fork():  # it goes on when this process ends, and would tell its end for minutes to a server that is gone as well
+        time.sleep(3)
+        with suppress(psutil.Error): runner.kill()
 
 
 if __name__ == "__main__": watch(*sys.argv[1:])
