@@ -1,6 +1,7 @@
 """A flow run once, from the command line."""
 import sys
 
+from httpx import HTTPError
 from prefect.settings import PREFECT_API_URL
 
 from flows.server import check_server
@@ -18,4 +19,5 @@ def once(flow, **given):
     except RuntimeError as error:
         if "ephemeral" not in str(error): raise
         sys.exit(f"{flow.name}: the server that Prefect brings for a run did not start in time; on a busy machine name one that runs in PREFECT_API_URL")
+    except HTTPError: sys.exit(f"{flow.name}: the Prefect server at {url} went away, and did not come back: run it again when it is there")
     return ended if ended.is_completed() else sys.exit(ended.message)
