@@ -109,6 +109,7 @@ def test_a_wrong_call_is_one_line_and_starts_nothing(workspace):
     assert not (workspace/"data/runs").exists()
 
 
+@pytest.mark.flows
 def test_a_set_that_equals_params_yaml_touches_no_result(finished):
     "With another that fails on purpose, at the same time as a second sweep of the same name is refused."
     before, grid = finished.results(), write(finished, "[{}, {optimizer: Adm}]")
