@@ -32,9 +32,9 @@ def follow(command, *fine):
 
 
 @step("pull", retries=3, retry_delay_seconds=[1, 5, 15])
-def pull(refetch):
-    "What others have pushed, and what has changed at the address that the stage fetch reads."
-    if remote(): follow(Command("dvc", "pull", "--allow-missing"))
+def pull(refetch, far):
+    "What others have pushed, where there is a remote, and what has changed at the address that the stage fetch reads."
+    if far: follow(Command("dvc", "pull", "--allow-missing"))
     if refetch: follow(Command("dvc", "repro", "--force", "--single-item", "fetch"))
 
 
@@ -75,9 +75,9 @@ def stage(heading, repro):
     repro.end()
 
 
-def reproduce():
+def reproduce(far):
     "One `dvc repro`; each stage is a task from where DVC says that it begins. What a clone pushed that is gone is not made again, but pulled."
-    repro = Command("dvc", "repro", *(["--pull"] if remote() else []))
+    repro = Command("dvc", "repro", *(["--pull"] if far else []))
     heading = next(filter(STAGE.match, repro), None)
     while heading: heading = stage.with_options(name=(name := STAGE.match(heading)["name"]), task_run_name=name)(heading, repro)
     repro.end()
@@ -121,16 +121,16 @@ def state():
 def work(settle, refetch, values, run):
     "What a run does, once it is alone."
     preflight(values)
-    pull(refetch)
+    pull(refetch, far := remote())
     taken, waits = incoming(settle, run)
     changed = ask("dvc", "status", "--json")
     if not changed and DONE.is_file() and read_json(DONE) == state():
         if said := scored(waits): return Completed(message="; ".join(said))
         return Completed(name="Nothing new", message="nothing new: data, code and parameters are those of the last run")
     keep_edited()
-    reproduce()
+    reproduce(far)
     published, judged = publish(), gate()
-    if remote(): push()
+    if far: push()
     write_json(DONE, state())
     tell(run, taken, scored(waits), published, judged)
     outcome = f"version {judged['version']} {judged['text']}"

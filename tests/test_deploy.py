@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from conftest import PrefectServer, git, wait
+from conftest import git, wait
 from nbs_lib.config import WrongCall
 from nbs_lib.registry import versions
 from nbs_lib.store import connect
@@ -16,14 +16,6 @@ from test_schedules import ONE, Served, marked, wait_for
 
 pytestmark = pytest.mark.xdist_group("prefect")
 POOL = "work_pools: {cpu: process, gpu: docker}\n"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
-    server.start()
-    yield server
-    server.kill()
 
 
 @contextmanager
