@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from httpx import HTTPError
 from prefect import get_client, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
@@ -19,14 +20,14 @@ PAGE = 200  # most runs that a server answers at once
 
 
 class Line(logging.Filter):
-    "A wrong call is told in one line; where in our code it was noticed helps nobody."
+    "A wrong call and a server that went away are told in one line; where in the code they were noticed helps nobody."
     def filter(self, record):
-        if record.exc_info and isinstance(record.exc_info[1], WrongCall): record.exc_info = record.exc_text = None
+        if record.exc_info and isinstance(record.exc_info[1], (WrongCall, HTTPError)): record.exc_info = record.exc_text = None
         return True
 
 
 def one_line():
-    "Let Prefect's logs of runs tell a wrong call so."
+    "Let Prefect's logs of runs tell such errors so."
     for name in ("prefect.flow_runs", "prefect.task_runs"): logging.getLogger(name).addFilter(Line())
 
 

@@ -158,7 +158,7 @@ class PrefectServer:
                 time.sleep(2)
 
     def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is None: os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 

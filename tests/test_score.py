@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import wait
+from conftest import PrefectServer, wait
 from nbs_lib.config import read_json
 from nbs_lib.deadletter import Letters
 from nbs_lib.ingest import ingest
@@ -113,6 +113,27 @@ def test_after_a_kill_the_next_run_goes_on(champion, scored, server, runner):
     assert 0 < len(kept) < all
     assert "by version 1" in score(champion, server, MONDAY)
     assert results(champion) == results(scored) and kept.items() <= shards().items() and len(shards()) == all
+
+
+@pytest.mark.flows
+@pytest.mark.parametrize("back", [True, False])
+def test_a_server_that_goes_while_a_batch_is_scored(champion, scored, tmp_path, back):
+    "Back again, the run completes; gone for good, it ends in one line, and what was scored is kept."
+    (own := PrefectServer(tmp_path/"server")).folder.mkdir()
+    own.start()
+    try:
+        flow = champion.start("python", "-m", "flows.score", MONDAY, "--workers", 1, env=own.env)
+        wait(lambda: [*(champion/"data/cache/score/monday").glob("[0-9a-f]*/predictions.parquet")] or flow.poll() is not None)
+        own.kill()
+        if back: own.start()
+        said = flow.communicate(timeout=600)[0]
+        if not back:
+            assert flow.returncode == 1 and re.search("^score: the Prefect server at .* went away, and did not come back", said, re.M), said
+            assert "Traceback" not in said, said
+            own.start()
+            score(champion, own, MONDAY)
+        assert not marked(champion) and results(champion) == results(scored), said
+    finally: own.kill()
 
 
 @pytest.mark.flows
