@@ -3,18 +3,19 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
-VENV := .venv
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+VENV ?= .venv
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 # The locked torch runs on a CPU too. On Linux `make install TORCH=cpu` takes the build without CUDA, and none of NVIDIA's packages
 TORCH ?= cuda
 PORT ?= 5000
 # Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run retrain serve deploy mlflow test test-kills test-flows test-large guides lab image export lock clean
+.PHONY: help install run retrain serve deploy mlflow test test-kills test-flows test-large guides lab image \
+	stack-env stack-up stack-join stack-deploy stack-down stack-logs stack-upgrade stack-backup stack-restore stack-test export lock clean
 
 help:  ## list these commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(VENV)/.installed  ## make .venv from the lock
 
@@ -82,10 +83,40 @@ guides: install  ## the guides in full, as HTML in data/runs/guides (the one on 
 		papermill --no-progress-bar $$guide $$executed && jupyter nbconvert --log-level=ERROR --to html $$executed || exit 1; done
 
 lab: install  ## JupyterLab on this workspace
-	@jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/README.md
+	@jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/guides/00_welcome.ipynb
 
 image:  ## the workspace as a container image, for `docker run --gpus all -p 127.0.0.1:8888:8888 nbs`
 	@DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile --build-arg UID=$$(id -u | sed 's/^0$$/1000/') --tag nbs .
+
+stack-env:  ## docker/stack.env with passwords of its own, for all that follows
+	@$(PYTHON) docker/stack.py env
+
+stack-up: stack-env  ## JupyterLab, MLflow, Prefect, a worker and their database in containers; built, healthy, scheduled
+	@$(PYTHON) docker/stack.py up
+
+stack-join: stack-env  ## a worker here for the stack of another machine, which NBS_SERVER of docker/stack.env names
+	@$(PYTHON) docker/stack.py join
+
+stack-deploy:  ## its schedules at the commit that is checked out
+	@$(PYTHON) docker/stack.py deploy
+
+stack-down:  ## its containers away; what they keep stays in volumes
+	@$(PYTHON) docker/stack.py down
+
+stack-logs:  ## what its containers say
+	@$(PYTHON) docker/stack.py logs
+
+stack-upgrade:  ## MLflow's database to the version of the image; first make a backup
+	@$(PYTHON) docker/stack.py upgrade
+
+stack-backup:  ## databases, artifacts and DVC's remote into a new folder (FOLDER=…)
+	@$(PYTHON) docker/stack.py backup '$(or $(FOLDER),$(error name a new folder: FOLDER=…))'
+
+stack-restore:  ## the same back, into an empty stack (FOLDER=…)
+	@$(PYTHON) docker/stack.py restore '$(or $(FOLDER),$(error name the folder of a backup: FOLDER=…))'
+
+stack-test: install  ## the whole stack for real: built, retraining, killed, backed up (half an hour, 30 GB of disk)
+	@python -m pytest -n 0 -m stack -s tests/test_stack.py
 
 export: install  ## nbs_lib from the notebooks, and the notebooks cleaned
 	@nbdev_export

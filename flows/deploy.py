@@ -2,7 +2,7 @@
 
 Workers get code and parameters by a git commit, or baked into an image, and data by the DVC remote.
 """
-import argparse, json, sys, tempfile
+import argparse, json, shlex, sys, tempfile
 from pathlib import Path
 
 import flows.embedded  # noqa: F401  before prefect
@@ -16,7 +16,7 @@ from prefect.workers.utilities import get_default_base_job_template_for_infrastr
 
 from flows.commands import git
 from flows.home import ROOT
-from flows.schedules import FILE, pools_and_entries
+from flows.schedules import FILE, FLOWS, pools_and_entries
 from flows.server import DEPLOYED, as_prefect, check_server, full_name, on_server, remove, tagged
 from nbs_lib.config import WrongCall
 
@@ -25,7 +25,7 @@ LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
 
 
-def by_commit(source, commit):
+def by_commit(source, commit, checkout=None):
     "How workers get the code from git: project, version, steps. Raises `WrongCall` for a commit that they would not find there."
     if not commit and (changed := git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!data", ":!dvc.lock").splitlines()):
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -38,10 +38,22 @@ def by_commit(source, commit):
         try: git(folder, "fetch", "--quiet", "--depth", "1", "--filter", "tree:0", source, sha)
         except WrongCall as error: raise WrongCall(f"{source} does not give out commit {sha[:12]}, push it there ({error})") from None
     project = source.rstrip("/").rpartition("/")[2].removesuffix(".git")
-    # A folder a commit: Prefect would leave a clone that it finds at the commit that it has. The name below is MLflow's experiment.
+    return project, sha[:12], in_checkout(checkout, source, sha) if checkout else in_clone(project, source, sha), {}
+
+
+def in_clone(project, source, sha):
+    "Prefect's own step, which would leave a clone that it finds at the commit that it has: a folder a commit. The name below is MLflow's experiment."
     clone = dict(id="clone", repository=source, commit_sha=sha, clone_directory_name=f"{sha[:12]}/{project}")
-    steps = [{f"{STEPS}.git_clone": clone}, {f"{STEPS}.set_working_directory": dict(directory="{{ clone.directory }}")}]
-    return project, sha[:12], steps, {}
+    return [{f"{STEPS}.git_clone": clone}, {f"{STEPS}.set_working_directory": dict(directory="{{ clone.directory }}")}]
+
+
+def in_checkout(folder, source, sha):
+    "One folder for all commits, with what is mounted there; it changes only while no flow is at work in it, and then drops what a run wrote over git's files."
+    locks = " ".join(f"flock data/cache/{flow}.lock" for flow in FLOWS)
+    change = f"git fetch --quiet --depth 1 {shlex.quote(source)} {sha} && {locks} git checkout --quiet --force --detach {sha}"
+    script = f'mkdir -p data/cache && git init --quiet && {{ [ "$(git rev-parse --quiet --verify HEAD)" = {sha} ] || {{ {change}; }}; }}'
+    return [{f"{STEPS}.run_shell_script": dict(directory=folder, script=f"bash -c {shlex.quote(script)}")},
+            {f"{STEPS}.set_working_directory": dict(directory=folder)}]
 
 
 def by_image(image):
@@ -149,13 +161,14 @@ def main():
     code.add_argument("--source", help="git repository from which workers clone the code")
     code.add_argument("--image", help=f"image with the code in {FOLDER}, for pools of type docker")
     parser.add_argument("--commit", help="of --source; default: HEAD, where nothing has changed since")
+    parser.add_argument("--checkout", help="folder on the workers that is brought to the commit, where something is mounted in it; default: a clone a commit")
     args = parser.parse_args()
     try:
-        if args.image and args.commit: raise WrongCall("an image has its code already: --commit goes with --source")
+        if args.image and (args.commit or args.checkout): raise WrongCall("an image has its code already: --commit and --checkout go with --source")
         pools, found = pools_and_entries(args.file.resolve())
         if not (url := PREFECT_API_URL.value()): raise WrongCall("PREFECT_API_URL names no server, such as http://server:4200/api")
         check_entries(pools, found, args.image)
-        code = by_image(args.image) if args.image else by_commit(args.source, args.commit)
+        code = by_image(args.image) if args.image else by_commit(args.source, args.commit, args.checkout)
         check_server(url)
         deploy(pools, found, *code)
     except (WrongCall, OSError) as error:

@@ -17,10 +17,10 @@ from flows.report import tell
 from flows.runs import alone, close_dead, one_line, parent, step
 from flows.score import champion, planned, score
 from flows.stage import check_params, end_survivors, stage_notebooks
-from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, run_id, tracking_uri, write_json
+from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, replacing, run_id, tracking_uri, write_json
 from nbs_lib.incoming import gather, take, waiting
 
-CACHE, INCOMING, RAW = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming"
+CACHE, INCOMING, RAW, PATCHES = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming", ROOT/"data/patches.jsonl"
 DONE = CACHE/"retrain.json"  # the state that was published and judged last
 ROOM = 1 << 30  # least free disk [bytes]
 
@@ -54,7 +54,10 @@ def preflight(values):
 
 @step("incoming")
 def incoming(settle, run):
-    "Take batches with annotations to the raw data; their names, and those of the batches that wait to be scored."
+    "Take batches with annotations to the raw data; their names, and those of the batches that wait to be scored. And what people decided elsewhere."
+    if (file := os.environ.get("NBS_DECISIONS")) and file_digest(file) != file_digest(PATCHES):
+        with replacing(PATCHES) as tmp: shutil.copyfile(file, tmp)
+        get_run_logger().info(f"people's decisions on dead letters are those of {file}")
     gather(INCOMING, run, settle)
     batches = waiting(INCOMING, settle)
     for batch in batches:

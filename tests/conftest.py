@@ -102,6 +102,24 @@ def finished(_finished, tmp_path):
     return _finished.copy(tmp_path/"finished/workspace")
 
 
+# without these, Chromium looks for servers elsewhere
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+
+
+@pytest.fixture
+def page():
+    "A page of Debian's Chromium, which gives up after a minute."
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not (chromium := shutil.which("chromium")): pytest.skip("no chromium on the path: apt-get install chromium")
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=QUIET)
+        page = browser.new_page(viewport=dict(width=1500, height=1300))
+        page.set_default_timeout(60_000)
+        sync_api.expect.set_options(timeout=60_000)
+        yield page
+        browser.close()
+
+
 def git(workspace, *command):
     return workspace.run("git", "-c", "user.name=team", "-c", "user.email=team@example.org", *command)
 

@@ -1,6 +1,6 @@
 "Deployments for workers: what is wrong is one line; a worker gets code by a commit and data by the DVC remote; killed, it leaves nothing."
 import os, signal, subprocess, sys, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -133,6 +133,10 @@ class Worker:
         while (left := self.processes()) and time.monotonic() < begin + 10: time.sleep(.1)
         assert not left, left
 
+    def in_kernel(self):
+        "Whether a notebook is at work."
+        with suppress(psutil.Error): return any("ipykernel_launcher" in process.cmdline() for process in self.processes())
+
     def processes(self):
         def within(process):
             try: return process.cwd().startswith(str(self.folder)) and process.status() != psutil.STATUS_ZOMBIE
@@ -192,7 +196,7 @@ def test_a_worker_by_commit(repository, server, tmp_path):
         assert worker.run("stays")[0]["name"] == "Nothing new"
         deploy("roams", "stays", epochs=3)
         running = worker.request("stays")
-        wait_for(lambda: any("ipykernel_launcher" in p.cmdline() for p in worker.processes()))
+        wait_for(worker.in_kernel)
         assert worker.ended(worker.request("stays"))["type"] == "CANCELLED"
         worker.kill()
         assert worker.state(running)["type"] == "CRASHED" and not any(worker.slots())
@@ -202,7 +206,7 @@ def test_a_worker_by_commit(repository, server, tmp_path):
 
         deploy("roams", epochs=4)
         running = worker.request("roams")
-        wait_for(lambda: any("ipykernel_launcher" in p.cmdline() for p in worker.processes()))
+        wait_for(worker.in_kernel)
         server.kill()
         worker.kill()
         server.start()
@@ -227,7 +231,7 @@ def test_serving_ends_quickly_and_quietly(workspace):
         served.process.send_signal(number)
         assert served.process.wait(10) == 128 + number
         print(f"{signal.Signals(number).name}: {time.monotonic() - begin:.1f} s")
-        assert not marked(workspace) and not processes(workspace)
+        wait(lambda: not marked(workspace) and not processes(workspace), 10)
         assert "Traceback" not in (workspace/"serve.log").read_text()
     try:
         served.start()

@@ -1,7 +1,5 @@
 "A person decides on dead letters in JupyterLab, in a real browser; and a hundred thousand of them make no more rows than one page has."
-import json, shutil
-
-import pytest
+import json
 
 from jupyter import Jupyter
 from nbs_lib.deadletter import Letter, Letters, Patches, write_letters
@@ -13,21 +11,6 @@ NOTEBOOK = """from nbs_lib.config import workspace
 from nbs_lib.review import review
 data = workspace()/'data'
 review(data/'interim/dead_letters.jsonl', data/'patches.jsonl', root=data/'raw', interim=data/'interim')"""
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
-
-
-@pytest.fixture
-def page():
-    "A page of Debian's Chromium, which gives up after a minute."
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not (chromium := shutil.which("chromium")): pytest.skip("no chromium on the path: apt-get install chromium")
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=QUIET)
-        page = browser.new_page(viewport=dict(width=1500, height=1300))
-        page.set_default_timeout(60_000)
-        sync_api.expect.set_options(timeout=60_000)
-        yield page
-        browser.close()
 
 
 def test_a_person_decides(workspace, page):

@@ -71,7 +71,7 @@ class Served:
 
     def runs(self, **which):
         found = self.server.ask("/flow_runs/filter", dict(sort="EXPECTED_START_TIME_ASC"))
-        return [r for r in found if r["state"]["name"] != "Scheduled" and all(r[k] == v for k, v in which.items())]
+        return [r for r in found if r["state"] and r["state"]["name"] != "Scheduled" and all(r[k] == v for k, v in which.items())]
 
     def ended(self, name, least=1, after=""):
         "Runs that ended so, as soon as there are so many."
@@ -89,7 +89,7 @@ class Served:
         assert not left, left
 
 
-def wait_for(condition): return wait(condition, 240, .5)
+def wait_for(condition): return wait(condition, 600, .5)
 
 
 def marked(workspace):
@@ -150,6 +150,7 @@ def test_served_by_one_process(finished):
 
 
 @pytest.mark.kills
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stage", ["ingest", "train", "evaluate"])
 def test_a_killed_serving_process_is_made_up_for_at_the_next_time(finished, stage):
     undisturbed = finished.results()

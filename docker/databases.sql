@@ -1,0 +1,2 @@
+-- beside MLflow's, which POSTGRES_DB names
+CREATE DATABASE prefect;

@@ -1,0 +1,241 @@
+"""The stack of containers: `python3 docker/stack.py up`, and as `make stack-up`. Needs Python and Docker with Compose, nothing of the workspace."""
+import argparse, json, os, secrets, shutil, socket, subprocess, sys, time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT, ENV = HERE.parent, HERE/"stack.env"
+SHARED = "data/raw", "data/incoming", "data/predictions"  # folders of this checkout that the worker sees, too
+PATIENCE = 300  # within which all must be healthy [s]
+PORTS = dict(JUPYTER_PORT=8888, MLFLOW_PORT=5000, PREFECT_PORT=4200)
+# database: which service keeps what where
+DATABASES, FOLDERS = ("mlflow", "prefect"), dict(artifacts=("mlflow", "/state"), remote=("jupyter", "/remote"))
+OPTIONS = """
+# what else can be set, with its default
+#NBS_GPUS=0                  # cards for notebooks and worker, such as 0 or 0,1; needs NVIDIA's container toolkit
+#JUPYTER_PORT=8888
+#MLFLOW_PORT=5000
+#PREFECT_PORT=4200
+#NBS_BIND=127.0.0.1          # the address on which other machines reach MLflow and Prefect; see the guide before you open it
+#NBS_HOSTS=                  # names under which they reach MLflow, such as mlops.example.org:5000
+#NBS_SOURCE=                 # git repository from which workers on other machines get the code, such as https://…/team.git
+#NBS_SERVER=                 # on one more machine: where the stack is that it works for (`make stack-join`), whose PREFECT_AUTH it needs
+#NBS_POOL=cpu                # work pool that this machine's worker takes runs from
+#NBS_QUEUE=default           # and its queue
+#NBS_MEMORY=16g              # most memory of notebooks, and of the worker
+#NBS_SHM=2g                  # shared memory, in which data loaders hand over their batches
+#NBS_ARTIFACTS=/state        # of MLflow: s3://bucket/folder with the three below
+#AWS_ENDPOINT_URL=
+#AWS_ACCESS_KEY_ID=
+#AWS_SECRET_ACCESS_KEY=
+#NBS_NOTIFY=                 # where to tell people what happened: addresses of apprise
+"""
+
+
+class Wrong(Exception): "One line for people."
+
+
+def settings():
+    "What docker/stack.env says."
+    if not ENV.exists(): raise Wrong("there is no docker/stack.env: `make stack-env` writes one with passwords of its own")
+    lines = (line.split(" #")[0].strip() for line in ENV.read_text().splitlines())
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def make_env():
+    "Write docker/stack.env, which only its owner may read, where there is none."
+    if ENV.exists(): return print(f"{ENV.relative_to(ROOT)}: kept as it is")
+    owner = ROOT.stat()
+    if owner.st_uid == 0: raise Wrong(f"{ROOT} belongs to root, and nothing in the stack runs as root: give it to somebody (`chown -R 1000:1000 {ROOT}`)")
+    with open(os.open(ENV, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        print("# The stack's own settings and secrets: not for git, not for others.", f"NBS_UID={owner.st_uid}", f"NBS_GID={owner.st_gid}",
+              f"POSTGRES_PASSWORD={secrets.token_hex(24)}", f"PREFECT_AUTH=nbs:{secrets.token_hex(24)}", f"JUPYTER_TOKEN={secrets.token_hex(24)}",
+              OPTIONS, sep="\n", end="", file=file)
+    os.chown(ENV, owner.st_uid, owner.st_gid)
+    print(f"{ENV.relative_to(ROOT)}: written")
+
+
+def tell(*words):
+    "What a command says, and its status."
+    done = subprocess.run(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.stdout.strip(), done.returncode
+
+
+def compose():
+    "The words that call Compose, v2 where it is there, with this stack's files."
+    if not shutil.which("docker"): raise Wrong("there is no docker on this machine: docs.docker.com/engine/install")
+    v2 = tell("docker", "compose", "version")[1] == 0
+    if not v2 and not shutil.which("docker-compose"): raise Wrong("Docker has no Compose here: docs.docker.com/compose/install")
+    if (said := tell("docker", "info", "--format", "{{.ServerVersion}}"))[1]: raise Wrong(f"no Docker Engine answers: {said[0].splitlines()[-1]}")
+    files = ["compose.worker" if settings().get("NBS_SERVER") else "compose"]  # another machine's stack, or one of its own
+    files = [f"{part}.yaml" for name in files for part in (name, *([f"{name}.gpu"] if settings().get("NBS_GPUS") else []))]
+    return [*(["docker", "compose"] if v2 else ["docker-compose"]), "--env-file", str(ENV), "--project-name", project(),
+            *(word for file in files for word in ("--file", str(HERE/file)))]
+
+
+def project(): return settings().get("NBS_PROJECT", "nbs")
+
+
+def containers():
+    "Every container of the stack by its service: its name, state and health."
+    said, _ = tell("docker", "ps", "--all", "--filter", f"label=com.docker.compose.project={project()}", "--format", "{{.ID}}")
+    if not said: return {}
+    found = json.loads(tell("docker", "inspect", *said.split())[0])
+    return {c["Config"]["Labels"]["com.docker.compose.service"]: dict(name=c["Name"][1:], state=c["State"]["Status"], restarts=c["RestartCount"],
+            health=c["State"].get("Health", {}).get("Status", "")) for c in found}
+
+
+def check_ports():
+    "Raises `Wrong` for a port that something else listens on."
+    there = containers()
+    for name, port in PORTS.items():
+        port = int(settings().get(name, port))
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try: s.bind(("127.0.0.1", port))
+            except OSError:
+                service = name.partition("_")[0].lower()
+                if there.get(service, {}).get("state") != "running": raise Wrong(f"port {port} is taken: set {name} in docker/stack.env") from None
+
+
+# what Docker or a container says, and what to do
+HINTS = {"could not select device driver": "NBS_GPUS names cards, but Docker has no NVIDIA runtime here: install NVIDIA's container toolkit, or unset NBS_GPUS",
+         "port is already allocated": "a port is taken: set another one in docker/stack.env",
+         "o space left on device": "the disk is full: `docker system df` tells what Docker has of it",
+         "not compatible with this version": "another Postgres wrote the database: name it in POSTGRES_IMAGE, `make stack-backup`, restore into a new stack",
+         "out-of-date database schema": "MLflow's database is of an older version: `make stack-backup`, then `make stack-upgrade`",
+         "password authentication failed": "the database has another password than docker/stack.env: put the old file back, or remove the volume"}
+
+
+def hinted(lines):
+    "What to do about such words; else the last of them."
+    found = [hint for sign, hint in HINTS.items() if any(sign in line for line in lines)]
+    return (found or [line.strip() for line in reversed(lines) if line.strip()] or ["it said nothing"])[0]
+
+
+def call(*words, **how):
+    "Compose, its words going to people. Raises `Wrong` with its last one where it fails."
+    env = os.environ | dict(DOCKER_BUILDKIT="1", COMPOSE_DOCKER_CLI_BUILD="1")
+    process = subprocess.Popen([*compose(), *words], cwd=ROOT, text=True, stderr=subprocess.PIPE, env=env, **how)
+    said = []
+    for line in process.stderr:
+        print(line, end="", file=sys.stderr)
+        said.append(line.strip())
+    if process.wait(): raise Wrong(hinted(said))
+
+
+def wait():
+    "Until all are healthy. Raises `Wrong` with the last words of one that is not."
+    end = time.monotonic() + PATIENCE
+    while ill := {service: c for service, c in containers().items() if c["health"] != "healthy"}:
+        gone = [service for service, c in ill.items() if c["restarts"] > 3 or c["state"] in ("exited", "dead")]
+        if gone or time.monotonic() > end:
+            service = (gone or [*ill])[0]
+            raise Wrong(f"{service} is not healthy: {hinted(tell('docker', 'logs', '--tail', '50', ill[service]['name'])[0].splitlines())}")
+        time.sleep(1)
+
+
+def up():
+    "Build, start, wait, deploy."
+    words = compose()
+    if settings().get("NBS_SERVER"): raise Wrong("docker/stack.env names another machine's stack in NBS_SERVER: `make stack-join` starts a worker for it")
+    check_ports()
+    owner = ROOT.stat()
+    for folder in SHARED:
+        (ROOT/folder).mkdir(parents=True, exist_ok=True)
+        if os.getuid() == 0: os.chown(ROOT/folder, owner.st_uid, owner.st_gid)
+    begin = time.monotonic()
+    call("build", "jupyter")
+    built = time.monotonic()
+    call("up", "--detach", "--no-build")
+    wait()
+    print(f"stack: built in {built - begin:.0f} s, healthy {time.monotonic() - built:.0f} s later ({words[0]})")
+    deploy()
+    told = settings()
+    port = lambda name: told.get(name, PORTS[name])
+    print(f"stack: JupyterLab http://127.0.0.1:{port('JUPYTER_PORT')} (its token: JUPYTER_TOKEN in docker/stack.env), "
+          f"MLflow http://127.0.0.1:{port('MLFLOW_PORT')}, Prefect http://127.0.0.1:{port('PREFECT_PORT')} (PREFECT_AUTH)")
+
+
+def join():
+    "Build and start a worker for a stack on another machine."
+    if not (server := settings().get("NBS_SERVER")): raise Wrong("docker/stack.env names no NBS_SERVER, the machine whose stack this one is to join")
+    call("build", "worker")
+    call("up", "--detach", "--no-build")
+    wait()
+    print(f"stack: this machine works for {server}, pool {settings().get('NBS_POOL', 'cpu')}")
+
+
+def deploy():
+    "The schedules, at the commit that is checked out here."
+    source = settings().get("NBS_SOURCE", "/source")
+    try: call("exec", "-T", "jupyter", "python", "-m", "flows.deploy", "--source", source, "--checkout", "/checkout")
+    except Wrong as error: raise Wrong(f"the stack is up, but its schedules are not deployed: {error} (then `make stack-deploy`)") from None
+
+
+def upgrade():
+    "MLflow's database; Prefect's server brings its own up to date."
+    call("up", "--detach", "--no-build", "postgres")
+    call("run", "--rm", "--no-deps", "-T", "mlflow", "sh", "-c", "mlflow db upgrade $MLFLOW_BACKEND_STORE_URI")
+
+
+def backup(folder):
+    "Databases first, then the files that they speak of; the folder is there when it is whole."
+    if folder.exists(): raise Wrong(f"{folder} exists: name a new folder")
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True, mode=0o700)
+    for name in DATABASES:
+        with open(tmp/f"{name}.dump", "wb") as file: call("exec", "-T", "postgres", "pg_dump", "--username=nbs", "--format=custom", name, stdout=file)
+    for name, (service, place) in FOLDERS.items():
+        with open(tmp/f"{name}.tar", "wb") as file: call("exec", "-T", service, "tar", "--create", f"--directory={place}", ".", stdout=file)
+    tmp.rename(folder)
+    print(f"stack: kept in {folder}: {', '.join(f'{p.name} {p.stat().st_size >> 20} MB' for p in sorted(folder.iterdir()))}")
+
+
+def restore(folder):
+    "Into a stack that has nothing yet. Raises `Wrong` for one that has."
+    files = {p.name for p in folder.glob("*")}
+    if missing := {*(f"{n}.dump" for n in DATABASES), *(f"{n}.tar" for n in FOLDERS)} - files: raise Wrong(f"{folder} is no backup: there is no {min(missing)}")
+    call("up", "--detach", "--no-build", "postgres", "mlflow", "prefect", "jupyter")
+    wait()
+    runs = tell(*compose(), "exec", "-T", "postgres", "psql", "--username=nbs", "--dbname=mlflow", "--tuples-only", "--no-align",
+                "--command=SELECT count(*) FROM runs")[0].splitlines()[-1]
+    if runs != "0": raise Wrong(f"this stack remembers {runs} runs already: restore into an empty one (`make stack-down`, then remove its volumes)")
+    call("stop", "mlflow", "prefect", "jupyter", "worker")
+    for name in DATABASES:
+        with open(folder/f"{name}.dump", "rb") as file:
+            call("exec", "-T", "postgres", "pg_restore", "--username=nbs", "--clean", "--if-exists", "--single-transaction", f"--dbname={name}", stdin=file)
+    for name, (service, place) in FOLDERS.items():
+        with open(folder/f"{name}.tar", "rb") as file: call("run", "--rm", "--no-deps", "-T", service, "tar", "--extract", f"--directory={place}", stdin=file)
+    call("up", "--detach", "--no-build")
+    wait()
+    print(f"stack: has what {folder} kept")
+
+
+COMMANDS = {
+    "env": (make_env, "write docker/stack.env"),
+    "up": (up, "build, start, wait until all is healthy, deploy the schedules"),
+    "deploy": (deploy, "deploy the schedules anew"),
+    "join": (join, "a worker for the stack of another machine"),
+    "upgrade": (upgrade, "bring MLflow's database to the version of the image"),
+    "down": (lambda: call("down"), "stop and remove the containers; what they keep stays in volumes"),
+    "logs": (lambda: call("logs", "--follow", "--tail", "100"), "what they say"),
+    "backup": (backup, "databases, artifacts and DVC's remote into a folder"),
+    "restore": (restore, "the same back, into an empty stack"),
+}
+
+
+def main():
+    "Status 1: it could not be done."
+    parser = argparse.ArgumentParser(prog="stack", description="The stack of containers on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, says) in COMMANDS.items():
+        command = commands.add_parser(name, help=says)
+        if name in ("backup", "restore"): command.add_argument("folder", type=lambda path: Path(path).resolve())
+    given = vars(parser.parse_args())
+    try: COMMANDS[given.pop("command")][0](*given.values())
+    except (Wrong, OSError) as error: sys.exit(f"stack: {error}")
+    except KeyboardInterrupt: sys.exit(130)
+
+
+if __name__ == "__main__": main()
