@@ -1,5 +1,5 @@
 "Deployments for workers: what is wrong is one line; a worker gets code by a commit and data by the DVC remote; killed, it leaves nothing."
-import os, signal, subprocess, sys, threading, time
+import os, shlex, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from conftest import git, wait
+from flows.runs import alone
 from nbs_lib.config import WrongCall
 from nbs_lib.registry import versions
 from nbs_lib.store import connect
@@ -45,6 +46,34 @@ def test_a_commit_that_workers_would_not_find(tmp_path, monkeypatch):
     with refused("there is no commit 'none' here"): deploy.by_commit(str(team), "none")
     run("commit", "--quiet", "--all", "--message", "two")
     with refused("push it there"): deploy.by_commit(str(team), None)
+
+
+def test_a_checkout_comes_to_the_commit(tmp_path):
+    "What is mounted in it stays, what a run wrote over git's files only as long as the commit does; and it waits for a flow that is at work."
+    from flows.deploy import in_checkout
+    team, folder = tmp_path/"team", tmp_path/"checkout"
+    (folder/"data/raw").mkdir(parents=True)
+    (folder/"data/raw/a.jpg").write_text("a picture")
+    team.mkdir()
+    run = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], cwd=team, check=True, capture_output=True)
+    run("init", "--quiet")
+    shas = []
+    for lock in ("one", "two"):
+        (team/"dvc.lock").write_text(lock)
+        run("add", "--all")
+        run("commit", "--quiet", "--message", lock)
+        shas.append(run("rev-parse", "HEAD").stdout.decode().strip())
+    def pull(sha):
+        step = in_checkout(str(folder), str(team), sha)[0]["prefect.deployments.steps.run_shell_script"]
+        return subprocess.Popen(shlex.split(step["script"]), cwd=step["directory"])
+    assert pull(shas[0]).wait() == 0 and (folder/"dvc.lock").read_text() == "one"
+    (folder/"dvc.lock").write_text("of a run")
+    assert pull(shas[0]).wait() == 0 and (folder/"dvc.lock").read_text() == "of a run"
+    with alone(folder/"data/cache/score.lock"):
+        waiting = pull(shas[1])
+        time.sleep(2)
+        assert waiting.poll() is None and (folder/"dvc.lock").read_text() == "of a run"
+    assert waiting.wait(10) == 0 and (folder/"dvc.lock").read_text() == "two" and (folder/"data/raw/a.jpg").exists()
 
 
 @contextmanager

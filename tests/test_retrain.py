@@ -29,9 +29,13 @@ def listening():
         http.shutdown()
 
 
+def last(said):
+    "What a run said last, without lines of Prefect's log, which may come later."
+    return [line for line in said.strip().splitlines() if " | " not in line][-1]
+
+
 def retrain(workspace, server, status=0, **env):
-    "Its last line."
-    return workspace.run("python", "-m", "flows.retrain", "--settle", 0, env=server.env | env, status=status).strip().splitlines()[-1]
+    return last(workspace.run("python", "-m", "flows.retrain", "--settle", 0, env=server.env | env, status=status))
 
 
 def registered(workspace): return [v.version for v in versions(connect(f"sqlite:///{workspace/'data/mlflow/mlflow.db'}"), "detector")]
@@ -74,7 +78,7 @@ def working(finished, server, stage, moment, **env):
     return flow
 
 
-def end(flow): return flow.communicate()[0].strip().splitlines()[-1]
+def end(flow): return last(flow.communicate()[0])
 
 
 MATRIX = [(stage, process, moment) for stage in ("ingest", "train", "evaluate") for process in ("flow", "dvc", "runner", "kernel")
@@ -129,7 +133,7 @@ def test_a_failure_is_one_line_and_told(finished, server):
     with listening() as (heard, address):
         def fails(why, title, **env):
             said = finished.run("python", "-m", "flows.retrain", env=server.env | dict(NBS_NOTIFY=address) | env, status=1)
-            assert why in said.strip().splitlines()[-1] and "Traceback" not in said, said
+            assert why in last(said) and "Traceback" not in said, said
             assert heard[-1]["title"] == title and why in heard[-1]["message"]
         finished.set(split=dict(max_dead_rate=0.))
         fails("more than split.max_dead_rate", "too many dead letters")
@@ -146,7 +150,7 @@ def test_without_a_network_nothing_is_lost(finished, server):
     finished.run("dvc", "remote", "add", "--local", "--default", "far", "http://127.0.0.1:9/data")
     undisturbed = finished.results()
     said = finished.run("python", "-m", "flows.retrain", env=server.env, status=1)
-    assert "127.0.0.1:9" in said.strip().splitlines()[-1] and "Traceback" not in said, said
+    assert "127.0.0.1:9" in last(said) and "Traceback" not in said, said
     assert finished.results() == undisturbed
 
 
