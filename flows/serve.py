@@ -2,7 +2,7 @@
 
 Without a server (PREFECT_API_URL, or a profile) it brings its own, with its pages and its memory in data/prefect.
 """
-import argparse, logging, os, subprocess, sys, threading, time
+import argparse, logging, os, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -118,6 +118,7 @@ def main():
     except WrongCall as error:
         print(f"serve: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt: stopped = [signal.SIGINT]  # before it served
     sys.stdout.flush()
     # Prefect's threads would be waited for, and wait for a server that is gone
     os._exit(128 + stopped[0] if stopped else 0)

@@ -31,7 +31,7 @@ def listening():
 
 def last(said):
     "What a run said last, without lines of Prefect's log, which may come later."
-    return [line for line in said.strip().splitlines() if " | " not in line][-1]
+    return next((line for line in reversed(said.strip().splitlines()) if " | " not in line), "")
 
 
 def retrain(workspace, server, status=0, **env):

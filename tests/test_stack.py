@@ -143,6 +143,14 @@ def test_healthy_soon_and_rebuilt_soon(stack):
     own(stack.folder/"flows/home.py")
 
 
+def test_the_image_is_little_more_than_the_lock_and_trains(stack):
+    size = int(run("docker", "image", "inspect", "nbs", "--format", "{{.Size}}"))
+    lock = int(run("docker", "run", "--rm", "--entrypoint", "du", "nbs", "--bytes", "--summarize", "/opt/venv").split()[0])
+    print(f"image {size / 1e9:.2f} GB, installed lock {lock / 1e9:.2f} GB")
+    assert size < 1.1 * lock
+    assert re.search(r"^trained on (cpu|0), \d+ boxes found$", run("docker", "run", "--rm", "nbs", "python", "docker/smoke.py"), re.M)
+
+
 def test_a_retraining_inside_and_a_picture_dropped_in_jupyterlab(stack):
     stack.outcome("version 1 passed")
     stack.outcome("nothing new")
@@ -186,7 +194,9 @@ def test_a_person_logs_in_and_runs_the_welcome_page(stack, page):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     expect(page.get_by_text("Drop pictures into data/incoming, a folder a batch.")).to_be_visible()
+    page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTo(0, 0)")
     page.wait_for_timeout(2000)
+    SHOT.parent.mkdir(exist_ok=True)
     page.screenshot(path=SHOT)
     assert page.get_by_text("Traceback").count() == 0
 
@@ -209,11 +219,12 @@ def test_what_must_not_be_there(stack):
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_container_killed_in_a_retraining(stack, service):
     "The first process of each is killed, as by a lack of memory: the stack heals, the work is neither lost nor done twice, the schedule goes on."
+    stack.outcome("version 1 passed")
     before = stack.versions()
     stack.drop(f"before {service} dies", seed=100 + SERVICES.index(service))
     wait(stack.at_work, 300, .2)
     pid = run("docker", "inspect", "--format", "{{.State.Pid}}", stack.name(service))
-    run("docker", "run", "--rm", "--pid", "host", "--user", "0", "--entrypoint", "kill", "nbs", "-9", pid)
+    run("docker", "run", "--rm", "--pid", "host", "--user", "0", "--entrypoint", "bash", "nbs", "-c", f"kill -9 {pid}")
     begin = time.monotonic()
     stack.outcome(f"version {before[-1] + 1}")
     print(f"{service} killed: {time.monotonic() - begin:.0f} s later the work is done")
