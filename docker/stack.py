@@ -123,14 +123,21 @@ def call(*words, **how):
     if process.wait(): raise Wrong(hinted(said))
 
 
-def wait():
-    "Until all are healthy. Raises `Wrong` with the last words of one that is not."
+def given_up():
+    "What there is to say of a container that will not come; None where all may."
+    for service, c in containers().items():
+        if c["health"] != "healthy" and (c["health"] == "unhealthy" or c["restarts"] > 3 or c["state"] in ("exited", "dead")):
+            return f"{service} is not healthy: {hinted(tell('docker', 'logs', '--tail', '50', c['name'])[0].splitlines())}"
+
+
+def start(*services):
+    "Start, and wait until all are healthy. Raises `Wrong` with the last words of one that is not."
+    try: call("up", "--detach", "--no-build", *services)
+    except Wrong as error: raise Wrong(str(error) if str(error) in HINTS.values() else given_up() or str(error)) from None
     end = time.monotonic() + PATIENCE
-    while ill := {service: c for service, c in containers().items() if c["health"] != "healthy"}:
-        gone = [service for service, c in ill.items() if c["restarts"] > 3 or c["state"] in ("exited", "dead")]
-        if gone or time.monotonic() > end:
-            service = (gone or [*ill])[0]
-            raise Wrong(f"{service} is not healthy: {hinted(tell('docker', 'logs', '--tail', '50', ill[service]['name'])[0].splitlines())}")
+    while ill := [service for service, c in containers().items() if c["health"] != "healthy"]:
+        if why := given_up(): raise Wrong(why)
+        if time.monotonic() > end: raise Wrong(f"{', '.join(ill)}: not healthy within {PATIENCE} s; `make stack-logs` tells more")
         time.sleep(1)
 
 
@@ -146,8 +153,7 @@ def up():
     begin = time.monotonic()
     call("build", "jupyter")
     built = time.monotonic()
-    call("up", "--detach", "--no-build")
-    wait()
+    start()
     print(f"stack: built in {built - begin:.0f} s, healthy {time.monotonic() - built:.0f} s later ({words[0]})")
     deploy()
     told = settings()
@@ -160,21 +166,21 @@ def join():
     "Build and start a worker for a stack on another machine."
     if not (server := settings().get("NBS_SERVER")): raise Wrong("docker/stack.env names no NBS_SERVER, the machine whose stack this one is to join")
     call("build", "worker")
-    call("up", "--detach", "--no-build")
-    wait()
+    start()
     print(f"stack: this machine works for {server}, pool {settings().get('NBS_POOL', 'cpu')}")
 
 
 def deploy():
     "The schedules, at the commit that is checked out here."
     source = settings().get("NBS_SOURCE", "/source")
-    try: call("exec", "-T", "jupyter", "python", "-m", "flows.deploy", "--source", source, "--checkout", "/checkout")
+    try: call("exec", "-T", "jupyter", "python", "-m", "flows.deploy", "--source", source, "--project", project(), "--checkout", "/checkout")
     except Wrong as error: raise Wrong(f"the stack is up, but its schedules are not deployed: {error} (then `make stack-deploy`)") from None
 
 
 def upgrade():
     "MLflow's database; Prefect's server brings its own up to date."
-    call("up", "--detach", "--no-build", "postgres")
+    call("stop", "mlflow")
+    start("postgres")
     call("run", "--rm", "--no-deps", "-T", "mlflow", "sh", "-c", "mlflow db upgrade $MLFLOW_BACKEND_STORE_URI")
 
 
@@ -196,8 +202,7 @@ def restore(folder):
     "Into a stack that has nothing yet. Raises `Wrong` for one that has."
     files = {p.name for p in folder.glob("*")}
     if missing := {*(f"{n}.dump" for n in DATABASES), *(f"{n}.tar" for n in FOLDERS)} - files: raise Wrong(f"{folder} is no backup: there is no {min(missing)}")
-    call("up", "--detach", "--no-build", "postgres", "mlflow", "prefect", "jupyter")
-    wait()
+    start("postgres", "mlflow", "prefect", "jupyter")
     runs = tell(*compose(), "exec", "-T", "postgres", "psql", "--username=nbs", "--dbname=mlflow", "--tuples-only", "--no-align",
                 "--command=SELECT count(*) FROM runs")[0].splitlines()[-1]
     if runs != "0": raise Wrong(f"this stack remembers {runs} runs already: restore into an empty one (`make stack-down`, then remove its volumes)")
@@ -207,8 +212,7 @@ def restore(folder):
             call("exec", "-T", "postgres", "pg_restore", "--username=nbs", "--clean", "--if-exists", "--single-transaction", f"--dbname={name}", stdin=file)
     for name, (service, place) in FOLDERS.items():
         with open(folder/f"{name}.tar", "rb") as file: call("run", "--rm", "--no-deps", "-T", service, "tar", "--extract", f"--directory={place}", stdin=file)
-    call("up", "--detach", "--no-build")
-    wait()
+    start()
     print(f"stack: has what {folder} kept")
 
 

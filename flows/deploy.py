@@ -161,6 +161,7 @@ def main():
     code.add_argument("--source", help="git repository from which workers clone the code")
     code.add_argument("--image", help=f"image with the code in {FOLDER}, for pools of type docker")
     parser.add_argument("--commit", help="of --source; default: HEAD, where nothing has changed since")
+    parser.add_argument("--project", help="whose deployments these are, among others on the server; default: the name of the repository or image")
     parser.add_argument("--checkout", help="folder on the workers that is brought to the commit, where something is mounted in it; default: a clone a commit")
     args = parser.parse_args()
     try:
@@ -170,7 +171,7 @@ def main():
         check_entries(pools, found, args.image)
         code = by_image(args.image) if args.image else by_commit(args.source, args.commit, args.checkout)
         check_server(url)
-        deploy(pools, found, *code)
+        deploy(pools, found, args.project or code[0], *code[1:])
     except (WrongCall, OSError) as error:
         print(f"deploy: {error}", file=sys.stderr)
         sys.exit(2)

@@ -135,8 +135,10 @@ def execute(notebook, executed, given):
         nb = papermill.execute_notebook(notebook, executed, given, progress_bar=False, stdout_file=sys.stdout,
                                         stderr_file=sys.stderr, iopub_timeout=60, config=config)
     except papermill.PapermillExecutionError as error: return error.evalue if error.ename == "WrongCall" else f"{error.ename}: {error.evalue}"
-    except DeadKernelError: return "the kernel died (killed, crashed or out of memory)"
-    except Exception as error: return f"{type(error).__name__}: {error}"
+    except Exception as error:
+        # before its first answer jupyter_client tells it by a RuntimeError
+        if isinstance(error, DeadKernelError) or "Kernel died" in str(error): return "the kernel died (killed, crashed or out of memory)"
+        return f"{type(error).__name__}: {error}"
     # papermill takes an exit with status 0 for a success.
     if nb.metadata.papermill.exception: return "SystemExit: a cell ended the notebook, the cells after it did not run"
 

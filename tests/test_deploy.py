@@ -123,6 +123,8 @@ def test_deployed_as_the_file_says(workspace, server):
         said = deploy(text, *(code or image), status=2, **env)
         assert said.startswith("deploy: ") and why in said and "\n" not in said, said
     refuses("retrain/a is on the server already, with tags deployed, deployed:team", None, "--image", "other:3")
+    refuses("retrain/a is on the server already", None, *image, "--project", "other")
+    assert deploy(None, "--image", "registry:5000/team:3", "--project", "team") == "retrain/a: unchanged"
     refuses("retrain/a names no work_pool", ONE.format("schedules: []"))
     refuses("a process pool starts no image", ONE.format("work_pool: {name: cpu}"))
     refuses("names no image", ONE.format("work_pool: {name: gpu}"), "--source", "team.git")
