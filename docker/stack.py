@@ -81,7 +81,7 @@ def containers():
     if not said: return {}
     found = json.loads(tell("docker", "inspect", *said.split())[0])
     return {c["Config"]["Labels"]["com.docker.compose.service"]: dict(name=c["Name"][1:], state=c["State"]["Status"], restarts=c["RestartCount"],
-            health=c["State"].get("Health", {}).get("Status", "")) for c in found}
+            started=c["State"]["StartedAt"], health=c["State"].get("Health", {}).get("Status", "")) for c in found}
 
 
 def check_ports():
@@ -106,10 +106,12 @@ HINTS = {"could not select device driver": "NBS_GPUS names cards, but Docker has
          "password authentication failed": "the database has another password than docker/stack.env: put the old file back, or remove the volume"}
 
 
-def hinted(lines):
-    "What to do about such words; else the last of them."
-    found = [hint for sign, hint in HINTS.items() if any(sign in line for line in lines)]
-    return (found or [line.strip() for line in reversed(lines) if line.strip()] or ["it said nothing"])[0]
+def hint(lines):
+    "What to do about such words; nothing where they are not known."
+    return next((what for sign, what in HINTS.items() if any(sign in line for line in lines)), "")
+
+
+def last(lines): return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def call(*words, **how):
@@ -120,25 +122,30 @@ def call(*words, **how):
     for line in process.stderr:
         print(line, end="", file=sys.stderr)
         said.append(line.strip())
-    if process.wait(): raise Wrong(hinted(said))
+    if process.wait(): raise Wrong(hint(said) or last(said))
 
 
 def given_up():
     "What there is to say of a container that will not come; None where all may."
     for service, c in containers().items():
-        if c["health"] != "healthy" and (c["health"] == "unhealthy" or c["restarts"] > 3 or c["state"] in ("exited", "dead")):
-            return f"{service} is not healthy: {hinted(tell('docker', 'logs', '--tail', '50', c['name'])[0].splitlines())}"
+        if c["health"] == "healthy": continue
+        lines = tell("docker", "logs", "--since", c["started"], "--tail", "50", c["name"])[0].splitlines()
+        if why := hint(lines): return f"{service}: {why}"
+        if c["health"] == "unhealthy" or c["restarts"] > 3 or c["state"] in ("exited", "dead"): return f"{service} is not healthy: {last(lines)}"
 
 
 def start(*services):
     "Start, and wait until all are healthy. Raises `Wrong` with the last words of one that is not."
+    failed = ""
     try: call("up", "--detach", "--no-build", *services)
-    except Wrong as error: raise Wrong(str(error) if str(error) in HINTS.values() else given_up() or str(error)) from None
-    end = time.monotonic() + PATIENCE
+    except Wrong as error:  # often because one of them ends, which itself knows better why
+        if (failed := str(error)) in HINTS.values(): raise
+    end = time.monotonic() + (60 if failed else PATIENCE)
     while ill := [service for service, c in containers().items() if c["health"] != "healthy"]:
         if why := given_up(): raise Wrong(why)
-        if time.monotonic() > end: raise Wrong(f"{', '.join(ill)}: not healthy within {PATIENCE} s; `make stack-logs` tells more")
+        if time.monotonic() > end: raise Wrong(failed or f"{', '.join(ill)}: not healthy within {PATIENCE} s; `make stack-logs` tells more")
         time.sleep(1)
+    if failed: raise Wrong(failed)
 
 
 def up():
