@@ -1,9 +1,12 @@
 "A version made again from what its run keeps: commit, what was changed in it, parameters, data under DVC."
 import json, shutil
 
+import pytest
+
 from conftest import git
 
 
+@pytest.mark.flows
 def test_a_version_is_made_again_with_changes_that_nobody_committed_and_data_of_ones_own(workspace):
     workspace.run("dvc", "config", "--local", "core.no_scm", "false")
     git(workspace, "init", "--quiet", "--initial-branch", "main")
