@@ -1,5 +1,6 @@
 """The stack of containers: `python3 docker/stack.py up`, and as `make stack-up`. Needs Python and Docker with Compose, nothing of the workspace."""
 import argparse, json, os, secrets, shutil, socket, subprocess, sys, time
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -60,14 +61,15 @@ def tell(*words):
     return done.stdout.strip(), done.returncode
 
 
+@cache
 def compose():
     "The words that call Compose, v2 where it is there, with this stack's files."
     if not shutil.which("docker"): raise Wrong("there is no docker on this machine: docs.docker.com/engine/install")
     v2 = tell("docker", "compose", "version")[1] == 0
     if not v2 and not shutil.which("docker-compose"): raise Wrong("Docker has no Compose here: docs.docker.com/compose/install")
     if (said := tell("docker", "info", "--format", "{{.ServerVersion}}"))[1]: raise Wrong(f"no Docker Engine answers: {said[0].splitlines()[-1]}")
-    files = ["compose.worker" if settings().get("NBS_SERVER") else "compose"]  # another machine's stack, or one of its own
-    files = [f"{part}.yaml" for name in files for part in (name, *([f"{name}.gpu"] if settings().get("NBS_GPUS") else []))]
+    name = "compose.worker" if settings().get("NBS_SERVER") else "compose"  # another machine's stack, or one of its own
+    files = [f"{name}.yaml", *([f"{name}.gpu.yaml"] if settings().get("NBS_GPUS") else [])]
     return [*(["docker", "compose"] if v2 else ["docker-compose"]), "--env-file", str(ENV), "--project-name", project(),
             *(word for file in files for word in ("--file", str(HERE/file)))]
 

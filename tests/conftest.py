@@ -143,6 +143,11 @@ def wait(condition, seconds=300, pause=.02):
     return value
 
 
+def last(said):
+    "What a run said last, without lines of Prefect's log, which may come later."
+    return next((line for line in reversed(said.strip().splitlines()) if " | " not in line), "")
+
+
 class PrefectServer:
     "Prefect's own server, on sqlite in a folder, which can be killed and started again."
     def __init__(self, folder):

@@ -221,7 +221,7 @@ def test_published_by_two_at_once_and_what_people_get_wrong_then(ready, tmp_path
     assert store(uri) == before
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def three(_finished, tmp_path_factory):
     "A workspace that was trained three times, before servers that died and hung, and published after each; what was seen of it, in order."
     folder = tmp_path_factory.mktemp("three")

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import psutil
 import pytest
 
+from conftest import last
 from nbs_lib.registry import versions
 from nbs_lib.scenes import write_scenes
 from nbs_lib.store import connect
@@ -27,11 +28,6 @@ def listening():
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield heard, f"json://127.0.0.1:{http.server_port}/"
         http.shutdown()
-
-
-def last(said):
-    "What a run said last, without lines of Prefect's log, which may come later."
-    return next((line for line in reversed(said.strip().splitlines()) if " | " not in line), "")
 
 
 def retrain(workspace, server, status=0, **env):

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import PrefectServer, wait
+from conftest import PrefectServer, last, wait
 from nbs_lib.config import read_json
 from nbs_lib.deadletter import Letters
 from nbs_lib.ingest import ingest
@@ -46,7 +46,7 @@ def score(workspace, server, *words, status=0, **env):
     "Its last line, without those of Prefect's log, which may come later."
     said = workspace.run("python", "-m", "flows.score", *words, env=server.env | env, status=status)
     assert "Traceback" not in said, said
-    return [line for line in said.strip().splitlines() if " | " not in line][-1]
+    return last(said)
 
 
 def results(workspace, batch="monday"):
