@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from .boxes import Boxes
 from .config import WrongCall, digest, file_digest, read_json, replacing, write_json
 from .deadletter import Letter, Letters, write_letters
-from .detector import load, predict
+from .predict import load, predict
 from .draw import as_png, show_boxes
 from .images import Refused, decode_file, rules
 from .source import PICTURES
@@ -223,7 +223,7 @@ def _stamp(path):
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 def _how(model, settings):
-    code = [inspect.getsource(f) for f in (predict, _found, _table, score_shard)]
+    code = [inspect.getsource(f) for f in (inspect.getmodule(predict), _found, _table, score_shard)]
     return digest(model, settings, rules(), code, [version(p) for p in ('torch', 'ultralytics', 'pyarrow')])
 
 # %% ../notebooks/api/31_score.ipynb #run-plan
