@@ -54,7 +54,8 @@ def _thin(values, most): return values if len(values) <= most else values[((np.a
 
 # %% ../notebooks/api/22_drift.ipynb #requests
 def requests(
-    rows,                # dicts with width, height [pixels], brightness, contrast, boxes: list of [xmin, ymin, xmax, ymax, label, score], code: None, or why refused
+    rows,                # dicts: id, width, height [pixels], brightness, contrast, code: None, or why refused, boxes: list of [xmin, ymin, xmax, ymax, label,
+                         # score]
     most: int = 20_000,  # pictures that are looked at
 ) -> tuple:              # (list of Sample, list of Boxes with scores), as for `features`
     "What was answered, of all rows that were not refused."
