@@ -68,7 +68,7 @@ def test_nothing_to_compare_is_one_line(finished, scored, server):
     nowhere = dict(MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert drift(finished, server) == "nothing to compare: no version is champion yet"
     assert drift(scored, server, "--hours", .0001) == "nothing to compare: version 1 saw no pictures in the last 0.0001 hours"
-    assert "too few pictures to judge: 36 against the profile's 6, and at least 99 are needed" in drift(scored, server, "--least", 99)
+    assert "small batches together: too few pictures to judge: 72 against the profile's 6, and at least 99 are needed" in drift(scored, server, "--least", 99)
     assert "the tracking server http://127.0.0.1:9 does not answer" in drift(scored, server, status=1, **nowhere)
     assert "alpha lies between 0 and 1" in drift(scored, server, "--alpha", 2, status=1)
     assert not [*(finished/"data/runs").glob("*/drift.json")]
