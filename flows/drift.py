@@ -14,7 +14,7 @@ from flows.notify import notify
 from flows.once import once
 from flows.reaper import leash
 from flows.report import embedded
-from flows.runs import alone, close_dead, parent
+from flows.runs import alone, close_dead, one_line, parent
 from nbs_lib.config import WrongCall, params, read_json, replacing, run_id, tracking_uri, write_json
 from nbs_lib.draw import show_drift
 from nbs_lib.drift import compare, logged, profile
@@ -167,4 +167,5 @@ def main():
     print(once(drift, **vars(parser.parse_args())).message)
 
 
+one_line()
 if __name__ == "__main__": main()

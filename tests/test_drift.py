@@ -64,6 +64,7 @@ def test_which_batch_drifted(scored, server):
     assert "| data/predictions/at night | brightness | **drifted** | 1.000 |" in page and "](data:image/jpeg;base64," in page
 
 
+@pytest.mark.flows
 def test_nothing_to_compare_is_one_line(finished, scored, server):
     nowhere = dict(MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert drift(finished, server) == "nothing to compare: no version is champion yet"
