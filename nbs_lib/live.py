@@ -13,8 +13,9 @@ from itertools import chain, groupby, repeat
 from pathlib import Path
 from .config import WrongCall, read_json, write_json
 from .predict import Detector, predict
-from .registry import champion, download, find
+from .registry import champion, download, find, versions
 from .runtimes import fastest
+from .store import asking
 
 # %% ../notebooks/api/36_live.ipynb #loaded
 @dataclass(frozen=True)
@@ -70,6 +71,14 @@ class Live:
         best = champion(self.connect(), self.name)
         if not best: raise WrongCall(f'no version of {self.name!r} is champion yet: `nbs gate` or `nbs promote` makes one')
         if best.version != self.followed: self.switch('champion')
+
+    def versions(self, most=20):
+        "The newest versions, as dict: version, created, aliases, metrics, answers. Raises `WrongCall` where the store is down."
+        client = self.connect()
+        with asking(client.tracking_uri):
+            found = [(v, client.get_run(v.run_id).data.metrics) for v in versions(client, self.name)[:-most - 1:-1]]
+        answers = self.now and self.now.version
+        return [dict(version=str(v.version), created=v.created, aliases=v.aliases, metrics=m, answers=str(v.version) == answers) for v, m in found]
 
     def _become(self, bundle):
         before = self.now

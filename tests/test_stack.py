@@ -11,7 +11,7 @@ from nbs_lib.scenes import write_scenes
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 UID = os.getuid() or 1000  # nothing in the stack may run as root
-SERVICES = "jupyter", "mlflow", "postgres", "prefect", "worker"
+SERVICES = "jupyter", "mlflow", "postgres", "prefect", "worker"  # that a retraining needs
 SHOT = ROOT/"data/runs/welcome.png"
 
 
@@ -45,7 +45,7 @@ class Stack:
         self.commit("as it was")
         own(folder)
         self.stack("env")
-        self.ports = {name: free() for name in ("JUPYTER_PORT", "MLFLOW_PORT", "PREFECT_PORT")}
+        self.ports = {name: free() for name in ("JUPYTER_PORT", "MLFLOW_PORT", "PREFECT_PORT", "API_PORT", "REDIS_PORT")}
         self.set(NBS_PROJECT=project, **self.ports)
 
     def commit(self, why):
@@ -203,12 +203,12 @@ def test_a_person_logs_in_and_runs_the_welcome_page(stack, page):
 
 def test_what_must_not_be_there(stack):
     history = run("docker", "history", "--no-trunc", "nbs")
-    secrets = [stack.told[name] for name in ("POSTGRES_PASSWORD", "PREFECT_AUTH", "JUPYTER_TOKEN")]
+    secrets = [stack.told[name] for name in ("POSTGRES_PASSWORD", "PREFECT_AUTH", "JUPYTER_TOKEN", "REDIS_PASSWORD", "NBS_SERVE_TOKEN")]
     text = "".join((stack.folder/"docker"/name).read_text() for name in ("compose.yaml", "compose.gpu.yaml", "Dockerfile"))
     assert not any(secret in history + text for secret in secrets)
     assert stack.inside("jupyter", "sh", "-c", "ls /workspace/docker/stack.env 2>&1; true") and run(
         "docker", "run", "--rm", "--entrypoint", "find", "nbs", "/workspace", "-name", "*.env") == ""
-    for service in SERVICES:
+    for service in (*SERVICES, "api", "consumer", "redis"):
         of, = json.loads(run("docker", "inspect", stack.name(service)))
         assert all(b["HostIp"] == "127.0.0.1" for ports in of["NetworkSettings"]["Ports"].values() for b in ports or [])
         assert not any("docker.sock" in m["Source"] for m in of["Mounts"]) and not of["HostConfig"]["Privileged"]
