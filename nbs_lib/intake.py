@@ -53,10 +53,10 @@ class Bounds:
 
 class Bounded:
     "ASGI around an app: ends requests that are too long, too slow or too many."
-    def __init__(self, app, bounds): self.app, self.bounds, self.busy = app, bounds, 0
+    def __init__(self, app, bounds, besides='?'): self.app, self.bounds, self.besides, self.busy = app, bounds, besides, 0
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] != 'http': return await self.app(scope, receive, send)
+        if scope['type'] != 'http' or scope['path'].startswith(self.besides): return await self.app(scope, receive, send)
         length = dict(scope['headers']).get(b'content-length', b'0')
         if not length.isdigit() or int(length) > self.bounds.body: return await _end(send, too_long(self.bounds))
         if self.busy >= self.bounds.requests: return await _end(send, Refusal(503, 'busy', 'too many requests at a time', retry=1))

@@ -89,7 +89,7 @@ class Live:
 
 # %% ../notebooks/api/36_live.ipynb #following
 def following(
-    live: Live,
+    live: Live,             # becomes another where the champion does
     stop: threading.Event,  # ends it
     pause: float = 10,      # between two looks [s]
 ):
