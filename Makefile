@@ -71,9 +71,9 @@ test-flows: install  ## schedules, workers, scoring, sweeps, kills and failures,
 	@echo "test-flows: serve, deploy, retrain, score, sweep, killed and fed with new data"
 	@python -m pytest -n 0 -m flows -s
 
-test-large: install  ## annotation files of a gigabyte, a million letters, 20,000 pictures (some twenty minutes, 10 GB of disk)
+test-large: install  ## annotation files of a gigabyte, a million letters, 20,000 pictures, a real set (some twenty minutes, 10 GB of disk)
 	@echo "test-large: what does not fit into memory"
-	@python -m pytest -n 0 -m large -s tests/test_large.py
+	@python -m pytest -n 0 -m large -s
 
 guides: install  ## the guides in full, as HTML in data/runs/guides (the one on blood cells needs data/raw/bccd)
 	@mkdir -p data/runs/guides

@@ -42,6 +42,7 @@ def test_dead_rate(finished):
     assert (finished/"data/runs/latest/30_split.html").exists()
 
 
+@pytest.mark.large
 def test_blood_cells(workspace, real):
     "A real set in Pascal VOC by parameters alone, its own ImageSets kept."
     workspace.set(fetch=dict(kind="none"), ingest=dict(root=str(real), sources=[dict(path="bccd", format="voc")]), train=dict(batch=32))

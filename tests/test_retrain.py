@@ -41,6 +41,7 @@ def drop(workspace, name, seed):
     write_scenes(workspace/f"data/incoming/{name}", scenes=dict(train=20, val=2, test=2), side=64, seed=seed)
 
 
+@pytest.mark.flows
 def test_only_what_is_new_makes_a_version(finished, server):
     with listening() as (heard, address):
         assert "version 1 passed" in retrain(finished, server, NBS_NOTIFY=address)
