@@ -19,8 +19,9 @@ from nbs_lib.config import WrongCall, params, read_json, replacing, run_id, trac
 from nbs_lib.draw import show_drift
 from nbs_lib.drift import compare, logged, profile
 from nbs_lib.registry import champion, download
+from nbs_lib.requestlog import rows
 from nbs_lib.score import scored
-from nbs_lib.store import asking, connect, embedded as embedded_store, shown
+from nbs_lib.store import asking, connect, embedded as embedded_store
 
 DATA = ROOT/"data"
 ROWS = 12  # comparisons in the picture
@@ -42,12 +43,10 @@ def above(conf, samples, found):
     return profile(samples, [boxes[boxes.score >= conf] for boxes in found])
 
 
-def live(url, version, since):
-    "What was asked, as the log of requests keeps it. Raises `WrongCall` for a log that cannot be read."
-    from sqlalchemy.exc import SQLAlchemyError
-    from nbs_lib.requestlog import rows
-    try: return logged(rows(url, since=since, version=version))
-    except SQLAlchemyError as error: raise WrongCall(f"the log of requests {shown(url)}: {str(error).splitlines()[0]}") from None
+def asked():
+    "The address of the log of requests; None where nobody asked the service."
+    own = DATA/"requests/requests.db"
+    return os.environ.get("NBS_REQUESTS") or (f"sqlite:///{own}" if own.is_file() else None)
 
 
 def batches(version, conf, since):
@@ -62,8 +61,8 @@ def batches(version, conf, since):
 def sources(version, conf, since, least):
     "What there is to compare: name → (samples, boxes); and a line for each that was left out, or could not be read."
     there, small, out, failed = {}, ([], []), {}, []
-    if url := os.environ.get("NBS_REQUESTS"):
-        try: there["live"] = live(url, version, since)
+    if url := asked():
+        try: there["live"] = logged(rows(url, since=since, version=version))
         except WrongCall as error: failed.append(str(error))
     for folder, why in batches(version, conf, since):
         name = str(folder.relative_to(ROOT))
@@ -97,11 +96,11 @@ def report(run, version, since, reference, compared, out):
     with replacing(folder/"drift.png") as tmp:
         show_drift({name: (reference, *compared[name]) for name in order[:ROWS]}).savefig(tmp, format="png", dpi=110)
     lines = [f"{name}: {compared[name][1]['text']}" for name in order]
-    rows = [row(name, feature, of) for name in order for feature, of in compared[name][1]["tests"].items()]
+    table = [row(name, feature, of) for name in order for feature, of in compared[name][1]["tests"].items()]
     head = ["| pictures | feature | | distance | p, corrected | n of the profile | n now |", "|---|---|---|---|---|---|---|"]
     picture = f"![each feature before (grey) and now]({embedded((folder/'drift.png').read_bytes())})"
     text = [f"# Drift against version {version}", "", *(f"- {line}" for line in lines), *(f"- {name} is left out: {why}" for name, why in out.items()), "",
-            *head, *rows, "", picture]
+            *head, *table, "", picture]
     create_markdown_artifact("\n".join(text), key="drift")
     return lines
 
@@ -137,7 +136,7 @@ def work(hours, alpha, effect, least, request_retraining):
 
 @flow(name="drift")
 def drift(hours: float = 168, alpha: float = .01, effect: float = .1, least: int = 30, request_retraining: bool = False):
-    """Compare what was asked (NBS_REQUESTS) and the batches that were scored with the pictures that the champion was judged on.
+    """Compare what was asked (NBS_REQUESTS, else data/requests) and the batches that were scored with the pictures that the champion was judged on.
 
     Args:
         hours: how far back

@@ -7,6 +7,7 @@ from PIL import Image
 
 from conftest import last, wait
 from nbs_lib.config import read_json
+from nbs_lib.requestlog import RequestLog
 from test_retrain import listening
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("prefect")]
@@ -62,6 +63,18 @@ def test_which_batch_drifted(scored, server):
     with Image.open(picture) as image: assert image.width > 800
     page = next(a["data"] for a in server.ask("/artifacts/latest/filter") if a["key"] == "drift")
     assert "| data/predictions/at night | brightness | **drifted** | 1.000 |" in page and "](data:image/jpeg;base64," in page
+
+
+def test_what_was_asked_of_the_service_drifted(scored, server):
+    "The log of requests is one more batch, of the champion's own answers alone."
+    shutil.rmtree(scored/"data/predictions")
+    log = RequestLog(f"sqlite:///{scored/'data/requests/requests.db'}")
+    for version, brightness in [("1", 9.), ("2", 90.)] * 40:
+        log.put(dict(version=version, width=64, height=64, brightness=brightness, contrast=3., boxes=[], source="api"))
+    log.put(dict(code="unreadable_image"))
+    log.close()
+    said = drift(scored, server)
+    assert said.startswith("live: 40 pictures drifted from the profile's 6: brightness"), said
 
 
 @pytest.mark.flows
