@@ -14,6 +14,7 @@ from uuid import NAMESPACE_URL, uuid5
 from .config import WrongCall
 from .deadletter import Fault, Letter
 from .images import Picture, Refused, content_hash, decode, impression
+from .requestlog import rows_of
 
 # %% ../notebooks/api/38_consume.ipynb #message
 @dataclass
@@ -188,9 +189,7 @@ def _result(stream, m, outcome, seconds):
     if isinstance(outcome, Refused): return dict(head, code=outcome.code, detail=outcome.detail)
     if isinstance(outcome, Fault): return dict(head, code=outcome.code, detail=str(outcome))
     version, model, boxes = outcome
-    return dict(head, version=version, model=model, boxes=json.dumps(_rows(boxes), ensure_ascii=False))
-
-def _rows(boxes): return [[*map(float, edges), str(label), float(score)] for edges, label, score in zip(boxes.xyxy, boxes.label, boxes.score)]
+    return dict(head, version=version, model=model, boxes=json.dumps(rows_of(boxes), ensure_ascii=False))
 
 def _letter(stream, m, outcome):
     "Fields of a dead letter, beside the message's own; nothing for what is answered."
@@ -204,11 +203,11 @@ def _logged(stream, m, outcome, seconds):
     row, data = dict(id=_request(stream, m.key), source='stream', seconds=seconds, time=datetime.now(timezone.utc)), m.fields.get(b'image', b'')
     row |= dict(bytes=len(data), sha=content_hash(data))
     if isinstance(m.picture, Picture):
-        looks = dict(zip(('brightness', 'looks', 'contrast'), impression(m.picture.image)))
-        row |= dict(zip(('width', 'height'), m.picture.size), brightness=looks['brightness'], contrast=looks.get('contrast'))
+        (width, height), (brightness, _, contrast) = m.picture.size, impression(m.picture.image)
+        row |= dict(width=width, height=height, brightness=brightness, contrast=contrast)
     if isinstance(outcome, (Refused, Fault)): return dict(row, code=outcome.code)
     version, model, boxes = outcome
-    return dict(row, version=version, model=model, boxes=_rows(boxes))
+    return dict(row, version=version, model=model, boxes=rows_of(boxes))
 
 # %% ../notebooks/api/38_consume.ipynb #consume
 def consume(

@@ -31,7 +31,7 @@ from .images import Picture, Refused, decode, impression
 from .intake import Bounded, Bounds, Refusal, pictures_of, refuse
 from .live import Line, Live
 from .page import PLACE, mount
-from .requestlog import RequestLog
+from .requestlog import RequestLog, rows_of
 from .voc import voc_xml
 
 # %% ../notebooks/api/38_serve.ipynb #shapes
@@ -249,7 +249,7 @@ async def answer(
     seconds = dict(decode=round(decoded - begun, 4), predict=round(total - decoded + begun, 4), total=round(total, 4))
     answers = []
     for (picture, row), d, (model, boxes) in zip(pictures, data, found):
-        row = dict(row, version=model.version, model=model.model, boxes=_rows(boxes), seconds=total)
+        row = dict(row, version=model.version, model=model.model, boxes=rows_of(boxes), seconds=total)
         service.log.put(row, d); service.recent.keep(row['id'], picture, boxes)
         said = [dict(zip(('xmin', 'ymin', 'xmax', 'ymax', 'label', 'score'), r)) for r in row['boxes']]
         answers.append((picture, boxes, {k: row[k] for k in ('id', 'version', 'model', 'sha', 'width', 'height')} | dict(boxes=said)))
@@ -262,10 +262,6 @@ async def _found(service, images, limits):
     except queue.Full: raise Refusal(429, 'busy', f'{service.line.waiting.qsize()} pictures wait already', retry=1) from None
     try: return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, waiting)), service.bounds.answer)
     except TimeoutError: raise Refusal(503, 'busy', f'no answer within {service.bounds.answer:g} s', retry=1) from None
-
-def _rows(boxes):
-    xyxy, score = boxes.xyxy.astype(float).round(2).tolist(), boxes.score.astype(float).round(4).tolist()
-    return [[*edges, label, s] for edges, label, s in zip(xyxy, boxes.label.tolist(), score)]
 
 # %% ../notebooks/api/38_serve.ipynb #routes-predict
 Limits = Annotated[Thresholds, Query()]

@@ -160,9 +160,9 @@ def test_no_body_breaks_it(service, data):
 @pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.serving)])
 def test_fuzzed_by_its_own_document(service, examples, tmp_path):
     "schemathesis makes requests from /openapi.json, those that fit and those that do not."
-    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{service.address}/openapi.json",
-               "--checks", "not_a_server_error,status_code_conformance", "--max-examples", str(examples), "--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color", "-H", f"Authorization: Bearer {TOKEN}",
-               "--exclude-path", "/update-model"]
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{service.address}/openapi.json", "-H", f"Authorization: Bearer {TOKEN}",
+               "--checks", "not_a_server_error,status_code_conformance", "--phases", "examples,coverage,fuzzing", "--max-examples", examples,
+               "--seed", 1, "--no-color", "--exclude-path", "/update-model"]
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert service.status("/health/ready") == 200
