@@ -41,7 +41,7 @@ class Serving:
 
     def predict(self, *pictures, **params): return self.http.post("/predict/", files=[("image", p) for p in pictures], params=params)
 
-    def memory(self): return sum(p.memory_info().rss for p in (own := psutil.Process(self.process.pid), *own.children(recursive=True)))
+    def memory(self): return psutil.Process(self.process.pid).memory_info().rss
 
     def stop(self, how=signal.SIGTERM):
         if self.process.poll() is None: os.killpg(self.process.pid, how)
