@@ -22,13 +22,14 @@ Days = Annotated[float, typer.Option(help='For how long it is kept.')]
 Pictures = Annotated[Path, typer.Option('--keep-pictures', help='Folder for the pictures that were asked about. Default: none is kept.')]
 
 def _live(model, device, home):
-    "The model that answers, and a thread that follows the champion."
-    from nbs_lib.live import Live, following
+    from nbs_lib.live import Live
     from nbs_lib.store import connect
     name, uri = model or section_of('publish')['model'], tracking_uri(workspace()/'data/mlflow')
-    live = Live(workspace()/home, lambda: connect(uri), name, device)
+    return Live(workspace()/home, lambda: connect(uri), name, device)
+
+def _follow(live):
+    from nbs_lib.live import following
     threading.Thread(target=following, args=[live, threading.Event()], daemon=True).start()
-    return live
 
 def _log(requests, days, pictures):
     from nbs_lib.requestlog import RequestLog
@@ -52,6 +53,7 @@ def serve(
     made = token or secrets.token_urlsafe(24)
     live = _live(model, device, 'data/cache/serve')
     service = Service(live, Line(live), _log(requests, days, pictures), workspace()/'data/incoming', made)
+    _follow(live)
     print(f"serve: http://{host}:{port}/page for people, /docs for programs{'' if token else f'; token: {made}'}", flush=True)
     listen(service, host, port)
 
@@ -71,6 +73,7 @@ def consume(
     from nbs_lib.consume import consume
     from nbs_lib.predict import predict
     live, log = _live(model, device, 'data/cache/consume'), _log(requests, days, pictures)
+    _follow(live)
 
     def detect(images, conf, iou, max_det):
         if not (now := live.now): raise WrongCall(f'no model answers yet: {live.why}')

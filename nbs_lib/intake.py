@@ -107,14 +107,15 @@ async def pictures_of(
 
 async def _form(request, bounds):
     try:
-        async with request.form(max_files=10 * bounds.pictures, max_fields=10) as form:
+        async with request.form(max_files=2 * bounds.pictures, max_fields=10) as form:
             files = form.getlist('image')
             if not all(isinstance(f, UploadFile) for f in files): raise Refusal(422, 'wrong_body', 'the field image holds text where a file belongs')
-            if len(files) > bounds.pictures: return [b''] * len(files)
             return [await f.read() for f in files]
     except Refusal: raise
-    except MultiPartException as e: raise Refusal(400, 'wrong_body', f'the form cannot be read: {e.message}') from None
-    except HTTPException as e: raise Refusal(400, 'wrong_body', f'the form cannot be read: {e.detail}') from None  # the same, inside an app
+    except (MultiPartException, HTTPException) as e:  # the second inside an app
+        why = getattr(e, 'message', None) or e.detail
+        if why.startswith('Too many files'): raise Refusal(413, 'too_many_pictures', f'a request brings at most {bounds.pictures} files') from None
+        raise Refusal(400, 'wrong_body', f'the form cannot be read: {why}') from None
 
 def _base64(body):
     "Pictures in JSON: `images`, a list of base64 texts, or `image`, one."

@@ -91,7 +91,7 @@ def page(
     service = Service(address)
     with gr.Blocks(title='Object detection', analytics_enabled=False) as blocks:
         gr.Markdown('# What is on this picture?')
-        state, id = gr.Markdown(service.state), gr.State()
+        state, id = gr.Markdown(), gr.State()
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(type='filepath', format='png', sources=['upload', 'webcam', 'clipboard'], label='picture')
@@ -107,6 +107,7 @@ def page(
         for event in (picture.change, ask.click, conf.release, iou.release):
             event(partial(_look, service), [picture, conf, iou], [drawn, table, outcome, id], api_visibility='private')
         for verdict, button in verdicts.items(): button.click(partial(_say, service, verdict), [id, table], outcome, api_visibility='private')
+        blocks.load(service.state, None, state, api_visibility='private')
         switch.click(partial(_update, service), [version, token], state, api_visibility='private')
     return blocks
 

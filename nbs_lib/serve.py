@@ -9,7 +9,7 @@ __all__ = ['router', 'Shared', 'BEARER', 'Limits', 'WRONG', 'IMAGE', 'TEXTS', 'B
            'keep_feedback', 'models', 'deployed_version', 'update_model', 'requests', 'feedback', 'listen']
 
 # %% ../notebooks/api/38_serve.ipynb #imports
-import asyncio, queue, secrets, time, uuid
+import asyncio, queue, secrets, socket, time, uuid
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -162,7 +162,7 @@ def create_app(
 
     app = FastAPI(title='Object detection', description='The champion, over HTTP.', version='1', lifespan=whole)
     app.state.service = service
-    app.include_router(router)
+    app.include_router(router, responses={status: dict(model=Wrong) for status in (400, 408, 413, 422, 429, 503)})
     close = lambda status: {'Connection': 'close'} if status in (408, 413) else {}  # the rest of the body is never read
 
     @app.exception_handler(HTTPException)
@@ -200,7 +200,7 @@ def health_live() -> dict:
     "Whether the process answers."
     return dict(live=True)
 
-@router.get('/health/ready', tags=['about'], responses={503: dict(model=Wrong)})
+@router.get('/health/ready', tags=['about'])
 def health_ready(service: Shared) -> dict:
     "Whether a model answers; if not, why."
     if now := service.live.now: return dict(ready=True, version=now.version)
@@ -265,7 +265,7 @@ async def _found(service, images, limits):
 
 # %% ../notebooks/api/38_serve.ipynb #routes-predict
 Limits = Annotated[Thresholds, Query()]
-WRONG = {code: dict(model=Wrong) for code in (400, 408, 413, 415, 422, 429, 503)}
+WRONG = {415: dict(model=Wrong)}
 IMAGE = dict(type='array', items=dict(type='string', format='binary'), description='pictures')
 TEXTS = dict(type='array', items=dict(type='string'), description='pictures as base64')
 BODY = dict(requestBody=dict(required=True, content={
@@ -317,13 +317,13 @@ def _corrected(boxes, size, names):
     return Boxes([[b.xmin, b.ymin, b.xmax, b.ymax] for b in boxes], [b.label for b in boxes])
 
 # %% ../notebooks/api/38_serve.ipynb #routes-rest
-@router.get('/models/', tags=['models'], responses={503: dict(model=Wrong)})
+@router.get('/models/', tags=['models'])
 def models(service: Shared) -> list[dict]:
     "Registered versions, the newest first: aliases, metrics, when they were made."
     try: return service.live.versions()
     except WrongCall as e: raise Refusal(503, 'no_registry', str(e), retry=5) from None
 
-@router.get('/deployed_version/', tags=['models'], responses={503: dict(model=Wrong)})
+@router.get('/deployed_version/', tags=['models'])
 def deployed_version(service: Shared) -> dict:
     "The version that answers, and by which runtime."
     if not (now := service.live.now): raise Refusal(503, 'no_model', f'no model answers yet: {service.live.why}', retry=5)
@@ -334,13 +334,13 @@ def update_model(service: Shared, update: Update) -> dict:
     "Let the champion or another version answer from now on; requests in flight end on the one before, which also stays where this one does not load."
     try: return dict(version=service.live.switch(update.version).version)
     except (WrongCall, OSError) as e: raise Refusal(409, 'not_switched', str(e)) from None
-@router.get('/requests', tags=['about'], dependencies=[Depends(_opened)], responses={k: dict(model=Wrong) for k in (401, 503)})
+@router.get('/requests', tags=['about'], dependencies=[Depends(_opened)], responses={401: dict(model=Wrong)})
 def requests(service: Shared, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[dict]:
     "What was asked last, and what was answered."
     try: return service.log.recent(limit)
     except WrongCall as e: raise Refusal(503, 'log_down', str(e), retry=5) from None
 
-@router.post('/feedback/', tags=['predict'], responses={k: dict(model=Wrong) for k in (404, 422, 503)})
+@router.post('/feedback/', tags=['predict'], responses={404: dict(model=Wrong)})
 def feedback(service: Shared, said: Feedback) -> dict:
     "Say that an answer was right, wrong, or what it should have been: it becomes labelled data for the next training."
     return keep_feedback(service, said)
@@ -351,8 +351,10 @@ def listen(
     host: str,  # address to listen on
     port: int,  # to listen on
 ):
-    "Serve until stopped. Raises `SystemExit` where the port is taken, after a line that says so."
+    "Serve until stopped. Raises `WrongCall` for a port that cannot be had, before anything else takes time."
     import uvicorn
+    try: here = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
+    except OSError as e: raise WrongCall(f'port {port} of {host} cannot be had ({e.strerror}): `--port` names another') from None
     own = '127.0.0.1' if host in ('0.0.0.0', '::') else host
     app = mount(create_app(service), f'http://{own}:{port}', service.bounds.bytes)
-    uvicorn.run(app, host=host, port=port, log_level='warning', access_log=False, server_header=False, timeout_graceful_shutdown=10)
+    uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, timeout_graceful_shutdown=10)).run([here])

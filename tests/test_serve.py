@@ -220,6 +220,7 @@ def test_nothing_there_yet(two, tmp_path, pictures):
     A broken bundle: the one before stays."""
     fresh = two.copy(tmp_path/"workspace")
     (fresh/"data/mlflow").rename(tmp_path/"aside")
+    shutil.rmtree(fresh/"data/cache/serve", ignore_errors=True)
     with serving(fresh) as service:
         said = wait(lambda: "make run" in (r := service.http.get("/health/ready").json())["detail"] and r, 30, .2)
         assert said["code"] == "no_model" and service.predict(pictures[0]).json() == said and service.http.get("/").json()["answers"] is None
@@ -248,7 +249,7 @@ def test_what_people_get_wrong_at_the_start(two):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0)); taken.listen()
         port = str(taken.getsockname()[1])
-        for args, status, says in ((["--port", port], 1, "address already in use"), (["--token", "short"], 2, "16 characters"),
+        for args, status, says in ((["--port", port], 2, "cannot be had"), (["--token", "short"], 2, "16 characters"),
                                    (["--requests", "mysql://x"], 2, "sqlite:////")):
             said = two.run("nbs", "serve", *args, status=status)
             assert says in said and "Traceback" not in said
