@@ -487,6 +487,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nbs_lib.page.Service.ask': ('api/page.html#service.ask', 'nbs_lib/page.py'),
                               'nbs_lib.page.Service.predict': ('api/page.html#service.predict', 'nbs_lib/page.py'),
                               'nbs_lib.page.Service.state': ('api/page.html#service.state', 'nbs_lib/page.py'),
+                              'nbs_lib.page._drawn': ('api/page.html#_drawn', 'nbs_lib/page.py'),
                               'nbs_lib.page._look': ('api/page.html#_look', 'nbs_lib/page.py'),
                               'nbs_lib.page._say': ('api/page.html#_say', 'nbs_lib/page.py'),
                               'nbs_lib.page._told': ('api/page.html#_told', 'nbs_lib/page.py'),

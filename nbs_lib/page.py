@@ -8,7 +8,10 @@ __all__ = ['EDGES', 'PLACE', 'Service', 'rows_of', 'boxes_of', 'page', 'mount']
 # %% ../notebooks/api/37_page.ipynb #imports
 from functools import partial
 import httpx
+from .boxes import Boxes
 from .config import WrongCall
+from .draw import as_png, show_boxes
+from .images import decode, decode_file
 
 # %% ../notebooks/api/37_page.ipynb #ask
 EDGES = 'xmin', 'ymin', 'xmax', 'ymax'
@@ -70,8 +73,12 @@ def _look(service, file, conf, iou):
     "(picture with its boxes, table, outcome, id of the answer)."
     if not file: return None, [], 'Drop a picture first.', None
     said, seconds = _told(lambda: service.predict(file, conf, iou))
-    drawn = [(tuple(int(round(b[k])) for k in EDGES), f"{b['label']} {b['score']:.2f}") for b in said['boxes']]
-    return (file, drawn), rows_of(said['boxes']), f"{len(drawn)} boxes by version **{said['version']}** in {seconds:.2f} s", said['id']
+    outcome = f"{len(said['boxes'])} boxes by version **{said['version']}** in {seconds:.2f} s"
+    return _drawn(file, said['boxes']), rows_of(said['boxes']), outcome, said['id']
+
+def _drawn(file, boxes):
+    found = Boxes([[b[k] for k in EDGES] for b in boxes], [b['label'] for b in boxes], [b['score'] for b in boxes])
+    return decode(as_png(lambda ax: show_boxes(decode_file(file).image, found, ax=ax), side=8)).image
 
 def _say(service, verdict, id, table):
     if not id: return 'Ask about a picture first.'
@@ -98,7 +105,7 @@ def page(
                 conf, iou = gr.Slider(0, 1, .25, label='least score'), gr.Slider(0, 1, .7, label='overlap from which the lower box goes')
                 ask = gr.Button('Find objects', variant='primary')
             with gr.Column():
-                drawn, outcome = gr.AnnotatedImage(label='found'), gr.Markdown()
+                drawn, outcome = gr.Image(label='found', interactive=False), gr.Markdown()
                 table = gr.Dataframe(headers=['label', 'score', *EDGES], type='array', interactive=True, label='boxes [pixels]: edit them to correct')
                 with gr.Row(): verdicts = dict(right=gr.Button('Right'), wrong=gr.Button('Wrong'), corrected=gr.Button('Send corrected boxes'))
         with gr.Accordion('Another version', open=False):
