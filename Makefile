@@ -11,7 +11,7 @@ PORT ?= 5000
 # Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run retrain serve deploy mlflow test test-kills test-flows test-large guides lab image \
+.PHONY: help install run retrain serve deploy api mlflow test test-kills test-flows test-serving test-large guides lab image \
 	stack-env stack-up stack-join stack-deploy stack-down stack-logs stack-upgrade stack-backup stack-restore stack-test export lock clean
 
 help:  ## list these commands
@@ -54,6 +54,9 @@ serve: install  ## the schedules of flows/schedules.yaml, with Prefect's pages o
 deploy: install  ## the same schedules on the server that PREFECT_API_URL names, for workers (IMAGE=… or SOURCE=…, which is git's origin)
 	@python -m flows.deploy $(if $(IMAGE),--image '$(IMAGE)',--source '$(or $(SOURCE),$(shell git remote get-url origin 2>/dev/null))')
 
+api: install  ## the champion over HTTP, with a page for people: http://127.0.0.1:8000/page
+	@nbs serve
+
 mlflow: install  ## MLflow's pages on the workspace's own runs and models, http://127.0.0.1:5000 (PORT=… for another)
 	@test -f data/mlflow/mlflow.db || { echo "mlflow: data/mlflow holds nothing yet: make run"; exit 1; }
 	@echo "mlflow: http://127.0.0.1:$(PORT), Ctrl-C ends it"
@@ -70,6 +73,10 @@ test-kills: install  ## every process stopped at three moments of every stage (f
 test-flows: install  ## schedules, workers, scoring, sweeps, kills and failures, on real Prefect servers (half an hour)
 	@echo "test-flows: serve, deploy, retrain, score, sweep, killed and fed with new data"
 	@python -m pytest -n 0 -m flows -s
+
+test-serving: install  ## ten thousand requests while the model is switched, and what a fuzzer thinks up (ten minutes)
+	@echo "test-serving: nbs serve at full load"
+	@python -m pytest -n 0 -m serving -s tests/test_serve.py
 
 test-large: install  ## annotation files of a gigabyte, a million letters, 20,000 pictures, a real set (some twenty minutes, 10 GB of disk)
 	@echo "test-large: what does not fit into memory"

@@ -9,9 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from nbs_lib.config import WrongCall, environment, params
-from nbs_lib.detector import load, predict, train
+from nbs_lib.detector import train
 from nbs_lib.fetch import fetch
 from nbs_lib.ingest import ingest
+from nbs_lib.predict import load, predict
 from nbs_lib.split import split
 
 MODULES = "asyncpg", "cv2", "dvc_s3", "jupyterlab", "mlflow", "openvino", "onnxruntime", "papermill", "prefect", "psycopg2", "ray", "torch"

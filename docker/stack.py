@@ -7,15 +7,19 @@ HERE = Path(__file__).resolve().parent
 ROOT, ENV = HERE.parent, HERE/"stack.env"
 SHARED = "data/raw", "data/incoming", "data/predictions"  # folders of this checkout that the worker sees, too
 PATIENCE = 300  # within which all must be healthy [s]
-PORTS = dict(JUPYTER_PORT=8888, MLFLOW_PORT=5000, PREFECT_PORT=4200)
+PORTS = dict(JUPYTER_PORT=8888, MLFLOW_PORT=5000, PREFECT_PORT=4200, API_PORT=8000, REDIS_PORT=6379)
 # database: which service keeps what where
-DATABASES, FOLDERS = ("mlflow", "prefect"), dict(artifacts=("mlflow", "/state"), remote=("jupyter", "/remote"))
+DATABASES, FOLDERS = ("mlflow", "prefect", "requests"), dict(artifacts=("mlflow", "/state"), remote=("jupyter", "/remote"))
+SECRETS = dict(POSTGRES_PASSWORD="", PREFECT_AUTH="nbs:", JUPYTER_TOKEN="", REDIS_PASSWORD="", NBS_SERVE_TOKEN="")  # name: what it begins with
 OPTIONS = """
 # what else can be set, with its default
 #NBS_GPUS=0                  # cards for notebooks and worker, such as 0 or 0,1; needs NVIDIA's container toolkit
 #JUPYTER_PORT=8888
 #MLFLOW_PORT=5000
 #PREFECT_PORT=4200
+#API_PORT=8000
+#REDIS_PORT=6379
+#REDIS_MEMORY=1gb            # of messages that wait; beyond it senders are refused
 #NBS_BIND=127.0.0.1          # the address on which other machines reach MLflow and Prefect; see the guide before you open it
 #NBS_HOSTS=                  # names under which they reach MLflow, such as mlops.example.org:5000
 #NBS_SOURCE=                 # git repository from which workers on other machines get the code, such as https://…/team.git
@@ -44,15 +48,22 @@ def settings():
 
 def make_env():
     "Write docker/stack.env, which only its owner may read, where there is none."
-    if ENV.exists(): return print(f"{ENV.relative_to(ROOT)}: kept as it is")
+    if ENV.exists(): return add_secrets()
     owner = ROOT.stat()
     if owner.st_uid == 0: raise Wrong(f"{ROOT} belongs to root, and nothing in the stack runs as root: give it to somebody (`chown -R 1000:1000 {ROOT}`)")
     with open(os.open(ENV, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         print("# The stack's own settings and secrets: not for git, not for others.", f"NBS_UID={owner.st_uid}", f"NBS_GID={owner.st_gid}",
-              f"POSTGRES_PASSWORD={secrets.token_hex(24)}", f"PREFECT_AUTH=nbs:{secrets.token_hex(24)}", f"JUPYTER_TOKEN={secrets.token_hex(24)}",
-              OPTIONS, sep="\n", end="", file=file)
+              *(f"{name}={begin}{secrets.token_hex(24)}" for name, begin in SECRETS.items()), OPTIONS, sep="\n", end="", file=file)
     os.chown(ENV, owner.st_uid, owner.st_gid)
     print(f"{ENV.relative_to(ROOT)}: written")
+
+
+def add_secrets():
+    "Those that came with a newer version, to a docker/stack.env that is there."
+    new = [name for name in SECRETS if name not in settings()]
+    begin = "" if ENV.read_text().endswith("\n") else "\n"
+    with open(ENV, "a") as file: file.writelines([begin] + [f"{name}={SECRETS[name]}{secrets.token_hex(24)}\n" for name in new])
+    print(f"{ENV.relative_to(ROOT)}: {'now has ' + ', '.join(new) if new else 'kept as it is'}")
 
 
 def tell(*words):
@@ -168,7 +179,8 @@ def up():
     told = settings()
     port = lambda name: told.get(name, PORTS[name])
     print(f"stack: JupyterLab http://127.0.0.1:{port('JUPYTER_PORT')} (its token: JUPYTER_TOKEN in docker/stack.env), "
-          f"MLflow http://127.0.0.1:{port('MLFLOW_PORT')}, Prefect http://127.0.0.1:{port('PREFECT_PORT')} (PREFECT_AUTH)")
+          f"MLflow http://127.0.0.1:{port('MLFLOW_PORT')}, Prefect http://127.0.0.1:{port('PREFECT_PORT')} (PREFECT_AUTH), "
+          f"detection http://127.0.0.1:{port('API_PORT')} (NBS_SERVE_TOKEN)")
 
 
 def join():
@@ -187,9 +199,12 @@ def deploy():
 
 
 def upgrade():
-    "MLflow's database; Prefect's server brings its own up to date."
+    "MLflow's database; Prefect's server brings its own up to date. One that came with a newer version is made."
     call("stop", "mlflow")
     start("postgres")
+    for name in DATABASES:
+        there = f"psql --username=nbs --dbname=mlflow --tuples-only --command='SELECT datname FROM pg_database' | grep --quiet --word-regexp {name}"
+        call("exec", "-T", "postgres", "sh", "-c", f"{there} || createdb --username=nbs {name}")
     call("run", "--rm", "--no-deps", "-T", "mlflow", "sh", "-c", "mlflow db upgrade $MLFLOW_BACKEND_STORE_URI")
 
 
@@ -215,7 +230,7 @@ def restore(folder):
     runs = tell(*compose(), "exec", "-T", "postgres", "psql", "--username=nbs", "--dbname=mlflow", "--tuples-only", "--no-align",
                 "--command=SELECT count(*) FROM runs")[0].splitlines()[-1]
     if runs != "0": raise Wrong(f"this stack remembers {runs} runs already: restore into an empty one (`make stack-down`, then remove its volumes)")
-    call("stop", "mlflow", "prefect", "jupyter", "worker")
+    call("stop", "mlflow", "prefect", "jupyter", "worker", "api", "consumer")
     for name in DATABASES:
         with open(folder/f"{name}.dump", "rb") as file:
             call("exec", "-T", "postgres", "pg_restore", "--username=nbs", "--clean", "--if-exists", "--single-transaction", f"--dbname={name}", stdin=file)
@@ -230,7 +245,7 @@ COMMANDS = {
     "up": (up, "build, start, wait until all is healthy, deploy the schedules"),
     "deploy": (deploy, "deploy the schedules anew"),
     "join": (join, "a worker for the stack of another machine"),
-    "upgrade": (upgrade, "bring MLflow's database to the version of the image"),
+    "upgrade": (upgrade, "bring the databases to the version of the image"),
     "down": (lambda: call("down"), "stop and remove the containers; what they keep stays in volumes"),
     "logs": (lambda: call("logs", "--follow", "--tail", "100"), "what they say"),
     "backup": (backup, "databases, artifacts and DVC's remote into a folder"),

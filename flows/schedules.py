@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flows.home import ROOT
 from nbs_lib.config import WrongCall, nearest, read_yaml
 
-FILE, FLOWS, TYPES = ROOT/"flows/schedules.yaml", ("retrain", "score"), ("process", "docker")
+FILE, FLOWS, TYPES = ROOT/"flows/schedules.yaml", ("retrain", "score", "drift"), ("process", "docker")
 ANCHOR = datetime(2020, 1, 1, tzinfo=UTC)  # an interval that counted from now would begin anew whenever it is served
 
 

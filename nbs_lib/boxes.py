@@ -106,3 +106,4 @@ class Sample:
     split: str = None         # the source's own split: train, val, test or None
     brightness: float = None  # mean luminance, 0 black to 255 white; None until someone decoded the picture
     looks: str = ''           # perceptual hash, 16 hex digits; near-equal pictures have near-equal ones
+    contrast: float = None    # standard deviation of the luminance; None until someone decoded the picture

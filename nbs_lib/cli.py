@@ -15,6 +15,7 @@ import typer
 from .config import (WrongCall, apply_environment, environment, nearest, overlay, params as section_of, parse_yaml, read_json, read_yaml,
                             workspace, write_json)
 from .cli_models import Json, models_app
+from .cli_serve import serve_app
 from .deadletter import CODES, Letters, Patches, read_history, replaceable, write_patch
 
 # %% ../notebooks/api/40_cli.ipynb #app
@@ -22,6 +23,7 @@ app = typer.Typer(help='Detect objects in pictures: what came in, what was rejec
                   add_completion=False, pretty_exceptions_enable=False)
 
 app.add_typer(models_app)
+app.add_typer(serve_app)
 
 @app.callback()
 def _app(): pass

@@ -199,7 +199,7 @@ def write_coco(
 
 def _image(s, id):
     return dict(id=id, file_name=s.path.name, width=s.size[0], height=s.size[1], split=s.split, source=s.source, origin=s.file,
-                brightness=s.brightness, looks=s.looks)
+                brightness=s.brightness, looks=s.looks, contrast=s.contrast)
 
 def _annotations(samples, number):
     id = count(1)
@@ -224,5 +224,5 @@ def _canonical(coco, images):
         xywh = np.array([a['bbox'] for a in mine], float).reshape(-1, 4)
         boxes = Boxes(from_xywh(xywh), [names[a['category_id']] for a in mine], crowd=[a['iscrowd'] for a in mine])
         return Sample(images/im['file_name'], boxes, (im['width'], im['height']), im['source'], im['origin'], im['id'], im['split'],
-                      im['brightness'], im['looks'])
+                      im['brightness'], im['looks'], im.get('contrast'))  # sets of earlier versions have none
     return [sample(im) for im in coco['images']], list(names.values()), coco['info']

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['colours', 'show_boxes', 'show_outline', 'as_png', 'gallery', 'show_pr', 'show_confusion', 'show_slices',
-           'show_curves', 'show_runs', 'show_parallel', 'show_bars', 'show_histogram', 'show_set', 'show_gate']
+           'show_curves', 'show_runs', 'show_parallel', 'show_bars', 'show_histogram', 'show_set', 'show_gate',
+           'show_drift']
 
 # %% ../notebooks/api/04_draw.ipynb #imports
 import io, textwrap
@@ -311,3 +312,36 @@ def _show_changes(ax, rows, of, first):
     ax.grid(axis='x', linewidth=.4)
     if rows: ax.legend(fontsize=7, loc='lower center', bbox_to_anchor=(.5, 1), ncols=4, frameon=False)
     else: ax.text(.5, .5, 'not judged', ha='center', va='center', transform=ax.transAxes)
+
+# %% ../notebooks/api/04_draw.ipynb #show-drift
+def show_drift(
+    compared: dict,  # title → (reference, now, outcome): two profiles as of `drift.profile`, and what `drift.compare` says of them
+):                   # the matplotlib Figure
+    "A row for each comparison, a panel for each of its features; those that drifted in red."
+    columns = list(dict.fromkeys(name for *_, outcome in compared.values() for name in outcome['tests'])) or ['nothing to compare']
+    fig = Figure((2.3 * len(columns), .4 + 2.2 * len(compared)), layout='constrained')  # not pyplot's, which would keep it for good
+    axes = fig.subplots(len(compared), len(columns), squeeze=False)
+    for row, (title, (before, now, outcome)) in zip(axes, compared.items()):
+        row[0].set_ylabel(title if len(title) <= 28 else f'{title[:27]}…', fontsize=8, parse_math=False)
+        for ax, name in zip(row, columns):
+            ax.set(yticks=[]); ax.tick_params(labelsize=6); ax.set_title(name, fontsize=8)
+            if not (test := outcome['tests'].get(name)): ax.set(xticks=[]); continue
+            colour = 'firebrick' if test['drifted'] else 'steelblue'
+            ax.set_title(f"{name}, {test['distance']:.2f}", fontsize=8, color=colour if test['drifted'] else 'black')
+            sides = [p['classes'] if name == 'classes' else p['features'][name]['values'] for p in (before, now)]
+            (_show_mix if name == 'classes' else _show_sides)(ax, *sides, colour)
+    return fig
+
+def _show_sides(ax, before, now, colour):
+    low, high = np.quantile([*before, *now], (.002, .998))
+    edges = np.linspace(low, high, 25) if low < high else np.array([low - .5, low + .5])
+    for values, style in ((before, dict(color='lightgrey')), (now, dict(color=colour, histtype='step', linewidth=1.5))):
+        ax.hist(np.clip(values, edges[0], edges[-1]), edges, weights=np.full(len(values), 1 / len(values)), **style)
+
+def _show_mix(ax, before, now, colour, most=8):
+    share = [{label: n / sum(of.values()) for label, n in of.items()} for of in (before, now)]
+    labels = sorted({*before, *now}, key=lambda label: (-abs(share[0].get(label, 0) - share[1].get(label, 0)), label))[:most]
+    for of, shift, style in zip(share, (-.2, .2), (dict(color='lightgrey'), dict(color=colour))):
+        ax.barh(np.arange(len(labels)) + shift, [of.get(label, 0) for label in labels], .4, **style)
+    ax.set(yticks=range(len(labels)), ylim=(len(labels) - .5, -.5))
+    ax.set_yticklabels([n if len(n) <= 12 else f'{n[:11]}…' for n in labels], fontsize=6, parse_math=False)

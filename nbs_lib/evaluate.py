@@ -18,7 +18,7 @@ from .boxes import Boxes, Sample, area, iou, to_xywh
 from .coco import load_coco
 from .config import WrongCall, read_json, replacing, write_json
 from .deadletter import Letter, write_letters
-from .detector import load, predict
+from .predict import load, predict
 from .drift import profile
 from .metrics import Scores, bootstrap as resample, coco_form, interval, match_coco, score_coco
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 from .boxes import Sample
 from .coco import load_coco
 from .config import WrongCall, coerce, digest, file_digest, nearest
-from .detector import load, predict
+from .predict import load, predict
 from .draw import show_gate
 from .metrics import Matched, bootstrap as resample, coco_form, interval, match_coco
 from .registry import champion, download, find, history, promote, versions

@@ -137,16 +137,22 @@ def decode_file(
 # %% ../notebooks/api/02_images.ipynb #impression
 def impression(
     image: Image.Image,  # upright, RGB
-) -> tuple:              # (mean luminance in [0, 255], 16 hex digits)
-    "Brightness, and a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash)."
-    cells = np.asarray(image.convert('L').resize((9, 8), Image.Resampling.BOX), int)
+) -> tuple:              # (mean luminance in [0, 255], 16 hex digits, standard deviation of the luminance in [0, 127.5])
+    "Brightness, a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash), and contrast."
+    grey = image.convert('L')
+    cells = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), int)
     bits = (cells[:, 1:] > cells[:, :-1]).ravel()
-    return round(float(cells.mean()), 1), np.packbits(bits).tobytes().hex()
+    return round(float(cells.mean()), 1), np.packbits(bits).tobytes().hex(), _deviation(grey.histogram())
+
+def _deviation(count):
+    "Of luminances of which so many pixels have each; in whole numbers until the last step."
+    n, total, squares = (sum(c * v**k for v, c in enumerate(count)) for k in range(3))
+    return round((n * squares - total**2)**.5 / n, 1)
 
 # %% ../notebooks/api/02_images.ipynb #rules
 def rules(
     **limits,  # as for `decode`
 ) -> str:      # 16 hex digits
     "A name for the rules by which `decode` judges with these limits."
-    code = [inspect.getsource(f) for f in (decode, impression, _rgb, _as_it_came, _png, _unknown)]
+    code = [inspect.getsource(f) for f in (decode, impression, _deviation, _rgb, _as_it_came, _png, _unknown)]
     return content_hash(repr([code, FORMATS, KEPT, FLIPS, PIL.__version__, sorted(limits.items())]).encode())

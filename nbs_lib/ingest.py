@@ -84,6 +84,7 @@ class Stored:
     turn: int          # EXIF orientation that was undone, 1 to 8
     brightness: float  # mean luminance, 0 to 255
     looks: str         # perceptual hash, 16 hex digits
+    contrast: float    # standard deviation of the luminance
 
 class Checked:
     "The gatekeeper with a memory. Several processes may share one folder."
@@ -101,7 +102,7 @@ class Checked:
     def _open(self, file):
         self.db = sqlite3.connect(file, timeout=60, check_same_thread=False)
         self.db.execute("""CREATE TABLE IF NOT EXISTS pictures
-            (sha TEXT PRIMARY KEY, code, detail, width, height, suffix, png BLOB, turn, brightness, looks)""")
+            (sha TEXT PRIMARY KEY, code, detail, width, height, suffix, png BLOB, turn, brightness, looks, contrast)""")
 
     def __call__(self,
         path: Path,          # a picture
@@ -121,7 +122,7 @@ class Checked:
 
     def _judge(self, sha, data):
         p = decode(data, **self.limits)
-        if isinstance(p, Refused): row = (p.code, p.detail, *[None] * 7)
+        if isinstance(p, Refused): row = (p.code, p.detail, *[None] * 8)
         else: row = (None, None, *p.size, p.suffix, None if p.data is data else p.data, p.turn, *impression(p.image))
         self.new[sha] = row
         return row
@@ -129,7 +130,7 @@ class Checked:
     def save(self):
         "Write what is new, in one short transaction."
         rows, self.new = [(sha, *row) for sha, row in self.new.items()], {}
-        with self.db: self.db.executemany('INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)', rows)
+        with self.db: self.db.executemany('INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)', rows)
 
 # %% ../notebooks/api/13_ingest.ipynb #keep
 def _keep(item, images, checked):
@@ -215,7 +216,8 @@ class _Intake:
 
     def sample(self, item, stored):
         origin = item.path.relative_to(Path(self.root).resolve()).as_posix()
-        return Sample((self.images or Path())/stored.name, item.boxes, stored.size, item.source, origin, item.row, item.split, stored.brightness, stored.looks)
+        seen = stored.brightness, stored.looks, stored.contrast
+        return Sample((self.images or Path())/stored.name, item.boxes, stored.size, item.source, origin, item.row, item.split, *seen)
 
 def _same(a, b):
     rows = lambda x: sorted(zip(x.label.tolist(), x.xyxy.tolist(), x.is_crowd.tolist()))

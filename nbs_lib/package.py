@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np
 from .config import WrongCall, read_json, replacing
-from .detector import load, predict
+from .predict import load, predict
 from .images import Refused, decode, read_picture
 
 # %% ../notebooks/api/31_package.ipynb #picture

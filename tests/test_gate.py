@@ -13,7 +13,8 @@ from PIL import Image
 from nbs_lib.boxes import Boxes, Sample
 from nbs_lib.coco import load_coco, write_coco
 from nbs_lib.config import WrongCall, read_json, write_json
-from nbs_lib.detector import _bundle, load, open_model, predict
+from nbs_lib.detector import _bundle, open_model
+from nbs_lib.predict import load, predict
 from nbs_lib.draw import show_gate
 from nbs_lib.gate import Rules, Side, compare, weigh
 from nbs_lib.metrics import score

@@ -7,10 +7,10 @@ import pytest
 from conftest import ROOT
 
 GUIDES = sorted((ROOT/"notebooks/guides").glob("*.ipynb"))
-FLOWS = "60_retraining", "65_many_runs"  # run the whole pipeline several times
+LONG = "60_retraining", "65_many_runs", "70_serving"  # run the whole pipeline several times
 
 
-@pytest.mark.parametrize("guide", [pytest.param(p, id=p.stem, marks=pytest.mark.flows if p.stem in FLOWS else ()) for p in GUIDES])
+@pytest.mark.parametrize("guide", [pytest.param(p, id=p.stem, marks=pytest.mark.flows if p.stem in LONG else ()) for p in GUIDES])
 def test_guide(guide, tmp_path, request):
     given = ["-p", "folder", request.getfixturevalue("real")/"bccd"] if "blood" in guide.stem else []
     command = [Path(sys.executable).with_name("papermill"), guide, tmp_path/guide.name, "-p", "small", "True", *given, "--no-progress-bar"]

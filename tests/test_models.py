@@ -327,7 +327,7 @@ print(table.to_json(orient="values", double_precision=15))"""
     bare = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLFLOW", "NBS", "YOLO", "ULTRALYTICS"))} | dict(MLFLOW_TRACKING_URI=server.uri)
     done = subprocess.run([sys.executable, "-c", code, *pictures], cwd=tmp_path, env=bare, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    from nbs_lib.detector import load, predict
+    from nbs_lib.predict import load, predict
     bundle = download(client, "detector", 1, tmp_path/"bundle")
     assert json.loads((bundle/"model.json").read_text())["tensors"] == client.get_run(seen["files"]["run"]).data.tags["nbs.model"]
     expected = predict(load(bundle, "cpu"), pictures, conf=1e-4, iou=.7, max_det=100)

@@ -13,6 +13,8 @@ from nbs_lib.store import connect, experiment
 
 SAY = dict(why="because", who="ann@lab")
 
+pytestmark = pytest.mark.xdist_group("registry")  # one server and one empty store for all
+
 
 def publish(client, folder, bundle, name="detector"):
     "A version with artifacts, and a run it came from."

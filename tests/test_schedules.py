@@ -39,7 +39,8 @@ WHOLE = {"work_pools: {cpu: proces}\ndeployments: []": "work_pools: cpu: there i
 
 def test_what_is_wrong_in_the_file_is_one_line(tmp_path):
     from flows.schedules import entries
-    assert [(entry.flow, entry.name, entry.paused) for entry in entries()] == [("retrain", "nightly", False), ("score", "daily", True)]
+    known = [("retrain", "nightly", False), ("score", "daily", True), ("drift", "weekly", False)]
+    assert [(entry.flow, entry.name, entry.paused) for entry in entries()] == known
     for text, why in {**{POOLS + ONE.format(text): why for text, why in WRONG.items()}, **WHOLE}.items():
         (tmp_path/"s.yaml").write_text(text)
         with pytest.raises(WrongCall) as error: entries(tmp_path/"s.yaml")

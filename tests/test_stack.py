@@ -4,14 +4,16 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import httpx
 import pytest
+import redis
 
 from conftest import ROOT, wait
 from nbs_lib.scenes import write_scenes
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 UID = os.getuid() or 1000  # nothing in the stack may run as root
-SERVICES = "jupyter", "mlflow", "postgres", "prefect", "worker"
+SERVICES = "jupyter", "mlflow", "postgres", "prefect", "worker"  # that a retraining needs
 SHOT = ROOT/"data/runs/welcome.png"
 
 
@@ -45,7 +47,7 @@ class Stack:
         self.commit("as it was")
         own(folder)
         self.stack("env")
-        self.ports = {name: free() for name in ("JUPYTER_PORT", "MLFLOW_PORT", "PREFECT_PORT")}
+        self.ports = {name: free() for name in ("JUPYTER_PORT", "MLFLOW_PORT", "PREFECT_PORT", "API_PORT", "REDIS_PORT")}
         self.set(NBS_PROJECT=project, **self.ports)
 
     def commit(self, why):
@@ -119,9 +121,24 @@ class Stack:
             run("docker", "volume", "rm", name)
 
 
+REDIS = """FROM python:3.11-slim-bookworm
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server && install -d -o redis -g redis /data
+USER redis
+VOLUME /data
+"""
+
+
+def redis_image():
+    "Redis' own image, or where no image can be pulled the same from Debian."
+    name = "redis:7-bookworm"
+    if not any(subprocess.run(["docker", *words, name], capture_output=True).returncode == 0 for words in (("image", "inspect"), ("pull",))):
+        subprocess.run(["docker", "build", "--tag", name, "-"], input=REDIS, text=True, check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     "Built and started from nothing but the checkout."
+    redis_image()
     it = Stack(tmp_path_factory.mktemp("stack")/"team", "nbs-test")
     for folder in (it.folder, *it.folder.parents)[:4]: folder.chmod(0o755)  # pytest's own are closed for others
     try:
@@ -164,6 +181,25 @@ def test_a_retraining_inside_and_a_picture_dropped_in_jupyterlab(stack):
     assert {p.stat().st_uid for folder in ("raw", "predictions", "incoming") for p in (stack.folder/"data"/folder).rglob("*")} == {UID}
 
 
+def test_the_champion_answers(stack):
+    "Over HTTP and on a stream, as soon as there is a champion; what was asked is in the database, what people say of it in JupyterLab's folder."
+    http = httpx.Client(base_url=f"http://127.0.0.1:{stack.ports['API_PORT']}", timeout=60)
+    wait(lambda: http.get("/health/ready").is_success, 120, 1)
+    picture = next((stack.folder/"data/predictions").parent.glob("raw/incoming/week/train/*.jpg")).read_bytes()
+    said = http.post("/predict/", files=dict(image=picture)).json()["pictures"][0]
+    assert said["version"] in ("1", "2") and http.get("/page/").is_success
+    queue = redis.Redis(port=stack.ports["REDIS_PORT"], password=stack.told["REDIS_PASSWORD"])
+    queue.xadd("pictures", dict(id="street", image=picture))
+    [[_, [[_, fields]]]] = queue.xread(dict(boxes=0), block=120_000)
+    assert (fields[b"id"], fields[b"version"]) == (b"street", said["version"].encode())
+    assert json.loads(fields[b"boxes"]) == [[b[k] for k in ("xmin", "ymin", "xmax", "ymax", "label", "score")] for b in said["boxes"]]
+    holder = dict(authorization=f"Bearer {stack.told['NBS_SERVE_TOKEN']}")
+    wait(lambda: {r["source"] for r in http.get("/requests", headers=holder).json()} == {"api", "stream"}, 30, .5)
+    kept = http.post("/feedback/", json=dict(id=said["id"], verdict="right")).json()["written"]
+    assert (stack.folder/"data/incoming"/kept).stat().st_uid == UID
+    shutil.rmtree((stack.folder/"data/incoming"/kept).parents[1])
+
+
 def test_notebooks_in_jupyterlab(stack):
     "Behind its token; a stage notebook run through its API; a script that logs to MLflow by the name of the service."
     url = f"http://127.0.0.1:{stack.ports['JUPYTER_PORT']}"
@@ -203,12 +239,12 @@ def test_a_person_logs_in_and_runs_the_welcome_page(stack, page):
 
 def test_what_must_not_be_there(stack):
     history = run("docker", "history", "--no-trunc", "nbs")
-    secrets = [stack.told[name] for name in ("POSTGRES_PASSWORD", "PREFECT_AUTH", "JUPYTER_TOKEN")]
+    secrets = [stack.told[name] for name in ("POSTGRES_PASSWORD", "PREFECT_AUTH", "JUPYTER_TOKEN", "REDIS_PASSWORD", "NBS_SERVE_TOKEN")]
     text = "".join((stack.folder/"docker"/name).read_text() for name in ("compose.yaml", "compose.gpu.yaml", "Dockerfile"))
     assert not any(secret in history + text for secret in secrets)
     assert stack.inside("jupyter", "sh", "-c", "ls /workspace/docker/stack.env 2>&1; true") and run(
         "docker", "run", "--rm", "--entrypoint", "find", "nbs", "/workspace", "-name", "*.env") == ""
-    for service in SERVICES:
+    for service in (*SERVICES, "api", "consumer", "redis"):
         of, = json.loads(run("docker", "inspect", stack.name(service)))
         assert all(b["HostIp"] == "127.0.0.1" for ports in of["NetworkSettings"]["Ports"].values() for b in ports or [])
         assert not any("docker.sock" in m["Source"] for m in of["Mounts"]) and not of["HostConfig"]["Privileged"]
