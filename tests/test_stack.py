@@ -188,7 +188,7 @@ def test_the_champion_answers(stack):
     picture = next((stack.folder/"data/predictions").parent.glob("raw/incoming/week/train/*.jpg")).read_bytes()
     said = http.post("/predict/", files=dict(image=picture)).json()["pictures"][0]
     assert said["version"] in ("1", "2") and http.get("/page/").is_success
-    queue = redis.Redis(port=stack.ports["REDIS_PORT"], password=stack.told["REDIS_PASSWORD"])
+    queue = redis.Redis(port=stack.ports["REDIS_PORT"], password=stack.told["REDIS_PASSWORD"], protocol=2)
     queue.xadd("pictures", dict(id="street", image=picture))
     [[_, [[_, fields]]]] = queue.xread(dict(boxes=0), block=120_000)
     assert (fields[b"id"], fields[b"version"]) == (b"street", said["version"].encode())
