@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .cli_models import Model
-from .config import WrongCall, params as section_of, tracking_uri, workspace
+from .config import params as section_of, tracking_uri, workspace
 
 # %% ../notebooks/api/39_cli_serve.ipynb #shared
 serve_app = typer.Typer()
@@ -76,7 +76,7 @@ def consume(
     _follow(live)
 
     def detect(images, conf, iou, max_det):
-        if not (now := live.now): raise WrongCall(f'no model answers yet: {live.why}')
+        now = live.answering()
         return now.version, now.model, predict(now.detector, images, conf=conf, iou=iou, max_det=max_det)
 
     consume(redis, detect, stream=stream, group=group, results=results, log=log)

@@ -49,6 +49,11 @@ class Live:
         self.home, self.connect, self.name, self.device, self.lock = Path(home), connect, name, device, threading.Lock()
         self.now, self.why, self.followed, self.switches = None, 'it is loading', None, 0
 
+    def answering(self):
+        "The `Loaded` that answers now. Raises `WrongCall`, with why, where there is none yet."
+        if not (now := self.now): raise WrongCall(f'no model answers yet: {self.why}')
+        return now
+
     def resume(self):
         "Load what answered when the service was stopped, whatever the store says now. Raises what `loaded` raises."
         if (file := self.home/'last.json').exists():
@@ -60,7 +65,7 @@ class Live:
         "Let a version answer; the `Loaded`. Raises `WrongCall` where there is none, the store is down or it does not load; then the one before goes on."
         with self.lock:
             found = find(client := self.connect(), self.name, version)
-            if found.aliases and version in ('champion', self.followed): self.followed = found.version
+            if version == 'champion': self.followed = found.version
             if not self.now or self.now.version != str(found.version):
                 self._become(download(client, self.name, found.version, self.home/f'version-{found.version}'))
             write_json(self.home/'last.json', dict(version=found.version, followed=self.followed))
@@ -125,7 +130,7 @@ class Line:
 
     def ask(self, images, conf, iou, max_det):
         "Futures of (Loaded, Boxes), one a picture. Raises `queue.Full` where they do not all find room, and `WrongCall` where there is no model yet."
-        if not self.live.now: raise WrongCall(f'no model answers yet: {self.live.why}')
+        self.live.answering()
         if len(images) > self.waiting.maxsize - self.waiting.qsize(): raise queue.Full
         asked = [Asked(image, (conf, iou, max_det), Future()) for image in images]
         for one in asked: self.waiting.put(one, block=False)

@@ -181,13 +181,18 @@ def create_app(
 
 # %% ../notebooks/api/38_serve.ipynb #routes-about
 def _service(request: Request): return request.app.state.service
+
+def _answering(service):
+    "The `Loaded` that answers now. Raises `Refusal` where there is none yet."
+    try: return service.live.answering()
+    except WrongCall as e: raise Refusal(503, 'no_model', str(e), retry=5) from None
+
 Shared = Annotated[Service, Depends(_service)]
 BEARER = HTTPBearer(auto_error=False, description='the token that the service was started with')
 
 def _opened(service: Shared, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]):
     if not given or not secrets.compare_digest(given.credentials.encode(), service.token.encode()):
         raise Refusal(401, 'wrong_token', 'this needs the token that the service was started with: Authorization: Bearer …')
-
 
 @router.get('/', tags=['about'])
 def about(service: Shared) -> dict:
@@ -203,8 +208,7 @@ def health_live() -> dict:
 @router.get('/health/ready', tags=['about'])
 def health_ready(service: Shared) -> dict:
     "Whether a model answers; if not, why."
-    if now := service.live.now: return dict(ready=True, version=now.version)
-    raise Refusal(503, 'no_model', f'no model answers yet: {service.live.why}', retry=5)
+    return dict(ready=True, version=_answering(service).version)
 
 @router.get('/metrics', tags=['about'], response_class=Response)
 def metrics(service: Shared):
@@ -257,8 +261,8 @@ async def answer(
 
 async def _found(service, images, limits):
     "(Loaded, Boxes) of each picture."
-    if not (now := service.live.now): raise Refusal(503, 'no_model', f'no model answers yet: {service.live.why}', retry=5)
-    try: waiting = service.line.ask(images, **{**now.limits, **limits.model_dump(exclude_none=True)})
+    usual = _answering(service).limits
+    try: waiting = service.line.ask(images, **{**usual, **limits.model_dump(exclude_none=True)})
     except queue.Full: raise Refusal(429, 'busy', f'{service.line.waiting.qsize()} pictures wait already', retry=1) from None
     try: return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, waiting)), service.bounds.answer)
     except TimeoutError: raise Refusal(503, 'busy', f'no answer within {service.bounds.answer:g} s', retry=1) from None
@@ -326,7 +330,7 @@ def models(service: Shared) -> list[dict]:
 @router.get('/deployed_version/', tags=['models'])
 def deployed_version(service: Shared) -> dict:
     "The version that answers, and by which runtime."
-    if not (now := service.live.now): raise Refusal(503, 'no_model', f'no model answers yet: {service.live.why}', retry=5)
+    now = _answering(service)
     return dict(version=now.version, model=now.model, runtime=next(iter(now.seconds)), seconds=now.seconds, limits=now.limits, classes=now.detector.names)
 
 @router.post('/update-model', tags=['models'], dependencies=[Depends(_opened)], responses={k: dict(model=Wrong) for k in (401, 409)})
@@ -334,6 +338,7 @@ def update_model(service: Shared, update: Update) -> dict:
     "Let the champion or another version answer from now on; requests in flight end on the one before, which also stays where this one does not load."
     try: return dict(version=service.live.switch(update.version).version)
     except (WrongCall, OSError) as e: raise Refusal(409, 'not_switched', str(e)) from None
+
 @router.get('/requests', tags=['about'], dependencies=[Depends(_opened)], responses={401: dict(model=Wrong)})
 def requests(service: Shared, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[dict]:
     "What was asked last, and what was answered."
