@@ -9,6 +9,7 @@ __all__ = ['OURS', 'REFUSED', 'COLUMNS', 'ultralytics', 'open_model', 'device_na
 # %% ../notebooks/api/20_detector.ipynb #imports
 import atexit, csv, hashlib, inspect, logging, os, secrets, shutil, sys, tempfile
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -76,6 +77,28 @@ def check_settings(
         if k not in known: raise WrongCall(f"ultralytics has no train setting {k!r}.{nearest(k, sorted(known - OURS))}")
     return settings
 
+# %% ../notebooks/api/20_detector.ipynb #record
+def _record(trainer):
+    "Where one card trains on batches of one shape, and has room: record what its network does with a full batch."
+    import torch
+    from torch.utils._pytree import tree_leaves
+    net, args, device = trainer.model, trainer.args, trainer.device
+    if device.type != 'cuda' or trainer.world_size > 1 or args.compile or args.multi_scale: return
+    eager, state = net.forward, {k: v.clone() for k, v in net.state_dict().items()}
+    x = torch.zeros(trainer.batch_size, 3, args.imgsz, args.imgsz, device=device)
+    kind = torch.bfloat16 if args.amp == 'bf16' else torch.float16
+    with suppress(torch.cuda.OutOfMemoryError), torch.autocast('cuda', kind, trainer.amp, cache_enabled=False):
+        torch.cuda.make_graphed_callables(net.train(), (x,), allow_unused_input=True)
+        sum(o.sum() for o in tree_leaves(net.forward(x)) if o.requires_grad).backward()
+    graph, net.forward = net.forward, eager
+    net.load_state_dict(state)
+    free, total = torch.cuda.mem_get_info(device)
+    fits = graph is not eager and free > total / 2  # the last batch of an epoch may be smaller, and then needs as much again
+    for p in net.parameters(): p.grad = torch.zeros_like(p) if fits and p.grad is not None else None
+    if fits:
+        trainer.optimizer.zero_grad = partial(trainer.optimizer.zero_grad, set_to_none=False)
+        net.forward = lambda given, *more, **named: graph(given) if torch.is_tensor(given) and given.shape == x.shape else eager(given, *more, **named)
+
 # %% ../notebooks/api/20_detector.ipynb #watch
 class Watch:
     "Callbacks of a training: progress, a checkpoint an epoch, a stop where pictures were dropped."
@@ -90,7 +113,7 @@ class Watch:
 
     def on_train_start(self, trainer):
         from ultralytics.utils import RANK
-        _all_cores(trainer)
+        _all_cores(trainer); _record(trainer)
         for part, loader in (('train', trainer.train_loader), ('val', trainer.test_loader)):
             given, taken = len(list((self.tree/'images'/part).iterdir())), len(loader.dataset)
             if given != taken and trainer.args.fraction == 1:
@@ -123,7 +146,7 @@ def _checkpoints(work): return sorted(Path(work).glob('epoch-*'))
 def _key(tree, model, settings):
     "A name for exactly this training: 16 hex digits."
     import torch
-    code = [inspect.getsource(f) for f in (open_model, _all_cores, _fit, Watch.on_train_start)]
+    code = [inspect.getsource(f) for f in (open_model, _all_cores, _record, _fit, Watch.on_train_start)]
     return digest(torch.__version__, ultralytics().__version__, str(tree), data_hash(tree), model, file_digest(model), settings, code)
 
 def data_hash(

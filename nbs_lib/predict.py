@@ -6,9 +6,13 @@
 __all__ = ['Detector', 'load', 'predict']
 
 # %% ../notebooks/api/21_predict.ipynb #imports
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
+from threading import Lock
 import numpy as np
 from tqdm.auto import tqdm
 from .boxes import Boxes
@@ -41,7 +45,29 @@ def load(
     from ultralytics.utils.torch_utils import select_device
     device = select_device(device, verbose=False)
     model = yolo.model.fuse(verbose=False).eval().to(device)
-    return Detector(torch.inference_mode()(lambda x: model(x)[0]), about['names'], about['imgsz'], int(model.stride.max()), device, threads or cores())
+    net = _recorded(model, device) if device.type == 'cuda' else torch.inference_mode()(lambda x: model(x)[0])
+    return Detector(net, about['names'], about['imgsz'], int(model.stride.max()), device, threads or cores())
+
+# %% ../notebooks/api/21_predict.ipynb #fitted
+def _fitted(images, pad, some):
+    "(shape, pixels shrunk and padded) of some pictures at a time; threads see to the next ones meanwhile."
+    def fit(image): return (pixels := _pixels(image)).shape, pad(image=pixels)
+    with ThreadPoolExecutor(cores()) as pool:
+        ahead = deque()
+        for start in range(0, len(images), some):
+            ahead.append(pool.map(fit, images[start:start + some]))
+            if len(ahead) > 1: yield list(ahead.popleft())
+        yield from map(list, ahead)
+
+def _pixels(image):
+    if isinstance(image, (str, Path)):
+        picture = decode_file(image)
+        if isinstance(picture, Refused): raise WrongCall(f"{image}: {picture.code}: {picture.detail}")
+        image = picture.image
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert('RGB'))
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise WrongCall(f'a picture must be an (h, w, 3) array of uint8, not {pixels.shape} of {pixels.dtype}')
+    return pixels
 
 # %% ../notebooks/api/21_predict.ipynb #predict
 def predict(
@@ -55,36 +81,57 @@ def predict(
     imgsz: int = None,      # side a picture is brought to [pixels]; None: the detector's
 ) -> list:                  # of Boxes with scores, highest first, in the order of `images`
     "Detect objects. Raises `WrongCall` for a picture that cannot be decoded."
-    found = [None] * len(images)
+    from ultralytics.data.augment import LetterBox
+    found, side = [None] * len(images), imgsz or detector.imgsz
+    fitted = _fitted(images, LetterBox(side, auto=True, stride=detector.stride), 8 * batch)
     for start in tqdm(range(0, len(images), 8 * batch), 'predicting', delay=2):
-        some = [(i, _pixels(images[i])) for i in range(start, min(start + 8 * batch, len(images)))]
-        for _, same in groupby(sorted(some, key=lambda x: x[1].shape), key=lambda x: x[1].shape):
+        some = sorted(enumerate(next(fitted), start), key=lambda x: x[1][0])
+        for shape, same in groupby(some, key=lambda x: x[1][0]):
             while few := list(islice(same, batch)):
-                boxes = _detect(detector, [pixels for _, pixels in few], imgsz or detector.imgsz, conf, iou, max_det)
+                boxes = _detect(detector, np.stack([fit for _, (_, fit) in few]), shape, conf, iou, max_det)
                 for (i, _), of in zip(few, boxes): found[i] = of
     return found
 
-def _pixels(image):
-    if isinstance(image, (str, Path)):
-        picture = decode_file(image)
-        if isinstance(picture, Refused): raise WrongCall(f"{image}: {picture.code}: {picture.detail}")
-        image = picture.image
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert('RGB'))
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise WrongCall(f'a picture must be an (h, w, 3) array of uint8, not {pixels.shape} of {pixels.dtype}')
-    return pixels
-
-def _detect(detector, pictures, imgsz, conf, iou, max_det):
-    "Boxes on pictures of one size."
+def _detect(detector, pixels, shape, conf, iou, max_det):
+    "Boxes on pictures that had one shape, (n, h, w, 3) as they were fitted."
     import torch
-    from ultralytics.data.augment import LetterBox
     from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.ops import scale_boxes
     if detector.on_cpu: torch.set_num_threads(detector.threads)
-    pad = LetterBox(imgsz, auto=True, stride=detector.stride)
-    x = torch.from_numpy(np.stack([pad(image=pixels) for pixels in pictures]).transpose(0, 3, 1, 2).copy())
+    x = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
     with torch.inference_mode():
-        kept = non_max_suppression(detector.net(x.to(detector.device).float().div_(255)), conf, iou, max_det=max_det)
-        for found in kept: scale_boxes(x.shape[2:], found[:, :4], pictures[0].shape)
+        kept = non_max_suppression(_candidates(detector.net(x), conf), conf, iou, max_det=max_det)
+        for found in kept: scale_boxes(x.shape[2:], found[:, :4], shape)
     names = np.array(detector.names, str)
-    return [Boxes(f[:, :4], names[f[:, 5].astype(int)], f[:, 4]) for f in (found.cpu().numpy() for found in kept)]
+    return [Boxes(f[:, :4], names[f[:, 5].astype(int)], f[:, 4]) for f in (found.numpy() for found in kept)]
+
+def _candidates(said, conf):
+    "What a network said, on the CPU, where a few boxes are sorted out faster than on a card."
+    return said.cpu() if said.is_cpu or said.shape[-1] == 6 else _few(said, conf).cpu()  # (n, boxes, 6) are sorted out already
+
+def _few(said, conf):
+    "As many places of each picture as any has above `conf`, its best."
+    best = said[:, 4:].amax(1)
+    places = best.topk(max(7, int((best > conf).sum(1).max())), sorted=False).indices.sort().values  # six would be taken for boxes sorted out
+    return said.gather(2, places[:, None].expand(-1, said.shape[1], -1))
+
+# %% ../notebooks/api/21_predict.ipynb #recorded
+def _recorded(model, device):
+    "The network on a card, as a function that several threads may call."
+    import torch
+    lock, seen, pool = Lock(), set(), torch.cuda.graph_pool_handle()
+
+    @lru_cache(16)
+    def record(shape):
+        x, graph = torch.zeros(shape, device=device), torch.cuda.CUDAGraph()
+        model(x)  # makes the anchors of this shape, which the graph only reads
+        with torch.cuda.graph(graph, pool=pool): out = model(x)[0]
+        return x, graph, out, (model.model[-1].anchors, model.model[-1].strides)
+
+    def net(given):
+        with lock, torch.inference_mode(), torch.cuda.device(device):
+            if (shape := tuple(given.shape)) not in seen: seen.add(shape); return model(given)[0]
+            x, graph, out, _ = record(shape)
+            x.copy_(given); graph.replay()
+            return out.clone()
+    return net
