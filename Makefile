@@ -11,7 +11,7 @@ PORT ?= 5000
 # Every stage starts a Python of its own: compiled once here, it starts twice as fast, also where Python may write no bytecode
 export UV_COMPILE_BYTECODE := 1
 
-.PHONY: help install run retrain serve deploy api mlflow test test-kills test-flows test-serving test-large guides lab image \
+.PHONY: help install run retrain serve deploy api mlflow test test-kills test-flows test-serving test-large test-bench bench guides lab image \
 	stack-env stack-up stack-join stack-deploy stack-down stack-logs stack-upgrade stack-backup stack-restore stack-test export lock clean
 
 help:  ## list these commands
@@ -82,6 +82,18 @@ test-large: install  ## annotation files of a gigabyte, a million letters, 20,00
 	@echo "test-large: what does not fit into memory"
 	@python -m pytest -n 0 -m large -s
 
+bench: $(VENV)/peers/.installed  ## this workspace beside its peers, row by row (hours, 10 GB of disk; NAMES=… for some of notebooks/bench)
+	@python -m flows.bench $(NAMES)
+
+test-bench: $(VENV)/peers/.installed  ## every benchmark with hardly any work, to see that it runs
+	@python -m flows.bench --small $(NAMES)
+
+$(VENV)/peers/.installed: $(VENV)/.installed notebooks/bench/requirements.txt
+	@echo "bench: pycocotools, supervision and datumaro, in an environment of their own"
+	@test -x $(VENV)/peers/bin/python || $(PYTHON) -m venv $(VENV)/peers
+	@uv pip install --python $(VENV)/peers --require-hashes --quiet -r notebooks/bench/requirements.txt
+	@touch $@
+
 guides: install  ## the guides in full, as HTML in data/runs/guides (the one on blood cells needs data/raw/bccd)
 	@mkdir -p data/runs/guides
 	@for guide in notebooks/guides/*.ipynb; do \
@@ -131,6 +143,8 @@ export: install  ## nbs_lib from the notebooks, and the notebooks cleaned
 
 lock: install  ## requirements.txt anew from pyproject.toml
 	@uv pip compile pyproject.toml --extra dev --universal --generate-hashes --no-emit-index-url --no-header --upgrade --quiet --output-file requirements.txt
+	@uv pip compile notebooks/bench/requirements.in --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade --quiet \
+		--output-file notebooks/bench/requirements.txt
 
 clean:  ## remove what can be made again, but not .venv and not your data
 	@rm -rf data/cache data/runs data/interim data/processed data/models data/raw/fetched data/.*.tmp data/raw/.*.tmp

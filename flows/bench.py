@@ -1,0 +1,104 @@
+"""Run the benchmarks and keep what they measured in one table: `make bench`.
+
+    python -m flows.bench                  every notebook of notebooks/bench
+    python -m flows.bench 50_evaluation    this one; the rows of the others stay
+    python -m flows.bench --small          with hardly any work, to see that they run; nothing is kept
+
+Each notebook does the same work here and as people would do it otherwise, in turn, and hands its rows to `done`.
+"""
+import argparse, json, platform, statistics, subprocess, sys, time
+from pathlib import Path
+
+from flows.home import ROOT
+from nbs_lib.config import WrongCall, cores, nearest, read_json, replacing, write_json
+
+TABLE, KEPT = ROOT/"data/reports/bench.json", ROOT/"data/runs/bench"
+BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->\n"
+
+
+def in_turn(rounds: int, **sides) -> dict:
+    "Seconds of each side in each round: name → list. What a side does for the first time is not counted: each runs once before."
+    took = {name: [] for name in sides}
+    for n in range(rounds + 1):
+        for name, side in sides.items():
+            begun = time.perf_counter()
+            side()
+            if n: took[name].append(time.perf_counter() - begun)
+    return took
+
+
+def row(work: str, peer: str, ours: list, peers: list = (), *, most: float = None, over: float = None, within: float = None, also: dict = {}) -> dict:
+    """One line of the table, from the seconds of both sides in each round. The goal: a ratio of at most `most`, at most `over` seconds more than
+    the peer, `within` seconds; `also` are other goals, in words → whether they are met."""
+    ratios = [o / p for o, p in zip(ours, peers)]
+    ours_s, peer_s, ratio = (statistics.median(x) if x else None for x in (ours, peers, ratios))
+    goals = {f"≤ {most:g} × its time": ratio and most and ratio <= most, f"≤ {over} s more": over and ours_s - (peer_s or 0) <= over,
+             f"≤ {within} s": within and ours_s <= within}
+    goals = {words: met for words, met in goals.items() if met is not None} | also
+    return dict(work=work, peer=peer, ours_s=_short(ours_s), peer_s=_short(peer_s), ratio=_short(ratio), goal=", ".join(goals), met=all(goals.values()),
+                n=len(ours), spread=[_short(f(ratios or ours)) for f in (min, max)])
+
+
+def _short(number): return None if number is None else float(f"{number:.4g}")
+
+
+def done(rows: list, out: str = None):
+    "Print the rows, and leave them in the file that `main` named."
+    for r in rows: print(line(r))
+    if out: write_json(Path(out), rows)
+
+
+def line(r):
+    return (f"{r['work']}, beside {r['peer']}: {r['ours_s']} s" + (f" to {r['peer_s']} s, ratio {r['ratio']}" if r["peer_s"] else "")
+            + f" ({r['spread'][0]} to {r['spread'][1]}, n {r['n']}); goal {r['goal']}: {'met' if r['met'] else 'not met'}")
+
+
+def machine():
+    "What the figures are of."
+    with open("/proc/cpuinfo") as f: name = next((x.split(":")[1].strip() for x in f if x.startswith("model name")), platform.processor())
+    return f"{cores()} cores of {name}, Python {platform.python_version()}"
+
+
+def run(notebook, small):
+    "Rows of one notebook; its executed copy stays."
+    out, rows = KEPT/notebook.name, KEPT/f"{notebook.stem}.json"
+    KEPT.mkdir(parents=True, exist_ok=True); rows.unlink(missing_ok=True)
+    command = [Path(sys.executable).with_name("papermill"), notebook, out, "-p", "small", str(small), "-p", "out", rows]
+    if subprocess.run(list(map(str, command)), cwd=ROOT).returncode: raise WrongCall(f"{notebook.name} failed; {out} shows where")
+    return [dict(r, notebook=notebook.stem, machine=r.get("card") or machine()) for r in read_json(rows)]
+
+
+def table(rows):
+    "The rows as Markdown."
+    cells = lambda r: (r["work"], r["peer"], *("" if r[k] is None else f"{r[k]:g}" for k in ("ours_s", "peer_s", "ratio")), r["goal"], "✓" if r["met"] else "✗")
+    lines = [("work", "beside", "here [s]", "there [s]", "ratio", "goal", ""), ["---"] * 7, *map(cells, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def keep(rows, names):
+    "Replace the rows of these notebooks, in the table and in README.md."
+    before = [r for r in (json.loads(TABLE.read_text()) if TABLE.exists() else []) if r["notebook"] not in names]
+    rows = sorted(before + rows, key=lambda r: r["notebook"])
+    write_json(TABLE, rows)
+    head, rest = (ROOT/"README.md").read_text().split(BEGIN)
+    with replacing(ROOT/"README.md") as tmp: tmp.write_text(head + BEGIN + table(rows) + END + rest.split(END)[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m flows.bench", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NOTEBOOK", help="such as 50_evaluation; none: every one")
+    parser.add_argument("--small", action="store_true", help="hardly any work; nothing is kept")
+    args = parser.parse_args()
+    there = {p.stem: p for p in sorted((ROOT/"notebooks/bench").glob("*.ipynb"))}
+    for name in args.names:
+        if name not in there: raise WrongCall(f"there is no benchmark {name!r}.{nearest(name, there)}")
+    for name in args.names or there:
+        print(f"bench: {name}", flush=True)
+        rows = run(there[name], args.small)
+        for r in rows: print(line(r), flush=True)
+        if not args.small: keep(rows, [name])
+
+
+if __name__ == "__main__":
+    try: main()
+    except WrongCall as e: sys.exit(f"bench: {e}")
