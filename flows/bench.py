@@ -32,9 +32,9 @@ def row(work: str, peer: str, ours: list, peers: list = (), *, most: float = Non
     the peer, `within` seconds; `also` are other goals, in words → whether they are met."""
     ratios = [o / p for o, p in zip(ours, peers)]
     ours_s, peer_s, ratio = (statistics.median(x) if x else None for x in (ours, peers, ratios))
-    goals = {f"≤ {most:g} × its time": ratio and most and ratio <= most, f"≤ {over} s more": over and ours_s - (peer_s or 0) <= over,
-             f"≤ {within} s": within and ours_s <= within}
-    goals = {words: met for words, met in goals.items() if met is not None} | also
+    goals = [(most, f"≤ {most} × its time", lambda: ratio <= most), (over, f"≤ {over} s more", lambda: ours_s - peer_s <= over),
+             (within, f"≤ {within} s", lambda: ours_s <= within)]
+    goals = {words: bool(met()) for given, words, met in goals if given is not None} | also
     return dict(work=work, peer=peer, ours_s=_short(ours_s), peer_s=_short(peer_s), ratio=_short(ratio), goal=", ".join(goals), met=all(goals.values()),
                 n=len(ours), spread=[_short(f(ratios or ours)) for f in (min, max)])
 
