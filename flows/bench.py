@@ -10,10 +10,26 @@ import argparse, json, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
 from flows.home import ROOT
-from nbs_lib.config import WrongCall, cores, nearest, read_json, replacing, write_json
+from nbs_lib.config import WrongCall, cores, environment, nearest, params, read_json, replacing, write_json
+from nbs_lib.fetch import fetch
+from nbs_lib.ingest import ingest
+from nbs_lib.split import split
 
 TABLE, KEPT = ROOT/"data/reports/bench.json", ROOT/"data/runs/bench"
 BEGIN, END = "<!-- bench -->\n", "<!-- /bench -->\n"
+
+
+def settings(section: str, small: bool, **more) -> dict:
+    "A section of params.yaml; in `small`, as the tests have it."
+    return {**params(section), **(environment("ci").get(section, {}) if small else {}), **more}
+
+
+def demo(folder: Path, small: bool) -> Path:
+    "The demo set, checked and split as a training takes it: the tree."
+    fetch(folder/"raw/fetched", folder/"cache", folder, **settings("fetch", small))
+    ingest(folder/"interim", **settings("ingest", small, root=folder/"raw", sources=[dict(path="fetched", format="auto")]))
+    split(folder/"interim", folder/"tree", **settings("split", small))
+    return folder/"tree"
 
 
 def in_turn(rounds: int, **sides) -> dict:

@@ -75,9 +75,9 @@ def consume(
     live, log = _live(model, device, 'data/cache/consume'), _log(requests, days, pictures)
     _follow(live)
 
-    def detect(images, conf, iou, max_det):
+    def detect(images, **asked):
         now = live.answering()
-        return now.version, now.model, predict(now.detector, images, conf=conf, iou=iou, max_det=max_det)
+        return now.version, now.model, predict(now.detector, images, **{**now.limits, **asked})
 
     consume(redis, detect, stream=stream, group=group, results=results, log=log)
     log.close()

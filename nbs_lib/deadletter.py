@@ -43,6 +43,7 @@ CODES = {
     'suspect_missing':      'a detector is sure of an object where the labels have none',
     'suspect_class':        'a detector is sure of another class than the label says',
     'suspect_box':          'a detector is sure that the object lies elsewhere than its box',
+    'prediction_failed':    'each time somebody looked for objects in the picture, it ended in an error',
 }
 
 # %% ../notebooks/api/03_deadletter.ipynb #letter

@@ -123,10 +123,9 @@ class Line:
         live: Live,
         most: int = 64,   # pictures that may wait
         batch: int = 16,  # pictures that a card sees at a time
-        threads: int = 1, # that let the model see pictures
     ):
         self.live, self.batch, self.waiting = live, batch, queue.Queue(most)
-        for _ in range(threads): threading.Thread(target=self._work, daemon=True).start()
+        threading.Thread(target=self._work, daemon=True).start()
 
     def ask(self, images, conf, iou, max_det):
         "Futures of (Loaded, Boxes), one a picture. Raises `queue.Full` where they do not all find room, and `WrongCall` where there is no model yet."

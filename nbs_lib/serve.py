@@ -13,7 +13,7 @@ import asyncio, queue, secrets, socket, time, uuid
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Literal
@@ -242,10 +242,11 @@ async def answer(
     service: Service,
     request: Request,
     limits: Thresholds,
+    most: int = None,    # pictures; None: as many as the service's bounds allow
 ) -> tuple:              # (list of (Picture, Boxes, Answer as dict), seconds by step)
     "Find objects in the pictures of a request. Raises `Refusal`."
     begun = time.perf_counter()
-    data = await pictures_of(request, service.bounds)
+    data = await pictures_of(request, replace(service.bounds, pictures=most or service.bounds.pictures))
     pictures = await judge(service, data)
     decoded = time.perf_counter()
     found = await _found(service, [p.image for p, _ in pictures], limits)
@@ -287,9 +288,7 @@ DRAWN = {**WRONG, 200: {'content': {'image/png': {}}}}
 @router.post('/predict/annotated', tags=['predict'], openapi_extra=BODY, response_class=Response, responses=DRAWN)
 async def predict_annotated(request: Request, service: Shared, limits: Limits):
     "One picture with its boxes drawn, as PNG."
-    answers, _ = await answer(service, request, limits)
-    if len(answers) > 1: raise Refusal(422, 'too_many_pictures', 'one picture at a time is drawn')
-    picture, boxes, said = answers[0]
+    [(picture, boxes, said)], _ = await answer(service, request, limits, most=1)
     paint = lambda ax: show_boxes(picture.image, boxes, ax=ax)
     drawn = await asyncio.get_running_loop().run_in_executor(service.pool, lambda: as_png(paint, dpi=160))
     return Response(drawn, media_type='image/png', headers={'X-Model-Version': said['version'], 'X-Answer': said['id']})

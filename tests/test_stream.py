@@ -18,7 +18,7 @@ import os, signal, sys, time
 from nbs_lib.boxes import Boxes
 from nbs_lib.consume import consume
 
-def detect(pictures, conf, iou, max_det):
+def detect(pictures, **asked):
     if any(p.width == 13 for p in pictures): os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(.002 * len(pictures))
     return '3', 'abc', [Boxes([p.getbbox()], ['spot'], [.9]) for p in pictures]
@@ -78,7 +78,7 @@ def picture(i, width=64):
     return out.getvalue(), [[*map(float, spot[:2]), spot[2] + 1., spot[3] + 1., "spot", .9]]
 
 
-def detect(pictures, conf, iou, max_det): return "3", "abc", [Boxes([p.getbbox()], ["spot"], [.9]) for p in pictures]
+def detect(pictures, **asked): return "3", "abc", [Boxes([p.getbbox()], ["spot"], [.9]) for p in pictures]
 
 
 def test_a_thousand_messages_and_ten_kills(server):
@@ -121,11 +121,11 @@ def test_a_message_that_kills_becomes_a_dead_letter_and_takes_no_others_with_it(
     process.communicate()
     results = {r["message"]: r for r in server.results()}
     assert died == 3 and sorted(results) == sorted([*good, bad]) and all("boxes" in results[m] for m in good)
-    assert results[bad]["code"] == "unreadable_image" and results[bad]["detail"] == "taken 3 times, and each time whoever took it died"
+    assert results[bad]["code"] == "prediction_failed" and results[bad]["detail"] == "taken 3 times, and each time whoever took it died"
     (_, dead), = server.redis.xrange("pictures:dead")
     letter = json.loads(dead[b"letter"])
     assert dead[b"image"] == picture(7, width=13)[0] and dead[b"error"].decode() == letter["detail"] == results[bad]["detail"]
-    assert (letter["code"], letter["file"], letter["picture"], letter["record"]) == ("unreadable_image", bad, "killer", dict(id="killer", conf="0.3"))
+    assert (letter["code"], letter["file"], letter["picture"], letter["record"]) == ("prediction_failed", bad, "killer", dict(id="killer", conf="0.3"))
 
 
 def test_redis_killed_and_back(server):
@@ -171,11 +171,11 @@ def test_pictures_that_are_none_are_answered_with_codes(server, tmp_path):
 
 def test_a_detector_that_fails_and_one_that_is_not_there_yet(server):
     tries, said = [], []
-    def fails(pictures, *how):
+    def fails(pictures):
         tries.append(len(pictures))
         if len(tries) < 3: raise WrongCall("there is no champion")
         if any(p.width == 50 for p in pictures): raise RuntimeError("out of luck")
-        return detect(pictures, *how)
+        return detect(pictures)
     for i in range(3): server.send(picture(i)[0])
     unlucky = server.send(picture(0, width=50)[0])
     total = [consume(server.url, fails, once=True, idle=.3, attempts=2, say=said.append) for _ in range(2) if time.sleep(.4) is None]
