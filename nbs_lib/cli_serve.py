@@ -68,10 +68,12 @@ def consume(
     requests: Requests = None,
     days: Days = 30,
     pictures: Pictures = None,
+    redrive: Annotated[bool, typer.Option(help='First put the dead letters of the stream back on it.')] = False,
 ):
     "Answer pictures that come on a stream of Redis, each once, with the champion."
-    from nbs_lib.consume import consume
+    from nbs_lib.consume import consume, redrive as put_back
     from nbs_lib.predict import predict
+    if redrive: print(f'consume: {put_back(redis, stream)} dead letters are on {stream} again', flush=True)
     live, log = _live(model, device, 'data/cache/consume'), _log(requests, days, pictures)
     _follow(live)
 

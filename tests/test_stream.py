@@ -9,7 +9,7 @@ from redis import Redis, RedisError, ResponseError
 from conftest import ROOT, wait
 from nbs_lib.boxes import Boxes
 from nbs_lib.config import WrongCall
-from nbs_lib.consume import Limits, consume
+from nbs_lib.consume import Limits, consume, redrive
 from nbs_lib.requestlog import RequestLog
 
 # finds what is not black: a detector that is cheap, and whose boxes can be checked
@@ -126,6 +126,9 @@ def test_a_message_that_kills_becomes_a_dead_letter_and_takes_no_others_with_it(
     letter = json.loads(dead[b"letter"])
     assert dead[b"image"] == picture(7, width=13)[0] and dead[b"error"].decode() == letter["detail"] == results[bad]["detail"]
     assert (letter["code"], letter["file"], letter["picture"], letter["record"]) == ("prediction_failed", bad, "killer", dict(id="killer", conf="0.3"))
+    assert (redrive(server.url), redrive(server.url)) == (1, 0)
+    assert [fields for _, fields in server.redis.xrange("pictures")] == [{b"id": b"killer", b"conf": b"0.3", b"image": dead[b"image"]}]
+    assert consume(server.url, detect, once=True)["answered"] == 1 and not server.redis.xlen("pictures:dead")
 
 
 def test_redis_killed_and_back(server):
