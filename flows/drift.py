@@ -12,9 +12,8 @@ from prefect.states import Completed
 from flows.home import ROOT
 from flows.notify import notify
 from flows.once import once
-from flows.reaper import leash
 from flows.report import embedded
-from flows.runs import alone, close_dead, one_line, parent
+from flows.runs import guarded, one_line
 from nbs_lib.config import WrongCall, params, read_json, replacing, run_id, tracking_uri, write_json
 from nbs_lib.draw import show_drift
 from nbs_lib.drift import compare, logged, profile
@@ -145,14 +144,7 @@ def drift(hours: float = 168, alpha: float = .01, effect: float = .1, least: int
         least: pictures without which nothing is judged
         request_retraining: where something drifted, emit the event nbs.drift, which starts what names it in its triggers
     """
-    with alone(DATA/"cache/drift.lock") as free:
-        if not free: return Completed(name="Skipped", message="skipped: another run compares in this workspace")
-        close_dead()
-        with leash(*parent()):
-            try: return work(hours, alpha, effect, least, request_retraining)
-            except (WrongCall, OSError) as error:
-                notify("drift cannot be told", str(error), True)
-                raise
+    return guarded(DATA/"cache/drift.lock", "compares", lambda: work(hours, alpha, effect, least, request_retraining), "drift cannot be told")
 
 
 def main():

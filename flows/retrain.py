@@ -12,9 +12,8 @@ from flows.home import ROOT
 from flows.notify import notify
 from flows.once import once
 from flows.preflight import keep_edited
-from flows.reaper import leash
 from flows.report import tell
-from flows.runs import alone, close_dead, one_line, parent, step
+from flows.runs import guarded, one_line, step
 from flows.score import champion, planned, score
 from flows.stage import check_params, end_survivors, stage_notebooks
 from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, replacing, run_id, tracking_uri, write_json
@@ -150,15 +149,11 @@ def retrain(settle: float = 10, refetch: bool = False, **sections):
         settle: for how long a batch in data/incoming must have been left alone [s]
         refetch: ask the address of the stage fetch again, though nothing changed here
     """
-    with alone(CACHE/"retrain.lock") as free:
-        if not free: return Completed(name="Skipped", message="skipped: another run is at work in this workspace")
-        close_dead()
+    def numbered():
         os.environ["NBS_RUN_ID"] = run = run_id()
-        with leash(*parent()):
-            try: return work(settle, refetch, chosen(sections), run)
-            except (WrongCall, OSError) as error:
-                notify("too many dead letters" if "max_dead_rate" in str(error) else "retraining failed", str(error), True)
-                raise
+        return work(settle, refetch, chosen(sections), run)
+    title = lambda error: "too many dead letters" if "max_dead_rate" in str(error) else "retraining failed"
+    return guarded(CACHE/"retrain.lock", "is at work", numbered, title)
 
 
 def main():

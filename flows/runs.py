@@ -11,9 +11,11 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Crashed
+from prefect.states import Cancelled, Completed, Crashed
 
 from flows.home import HOME
+from flows.notify import notify
+from flows.reaper import leash
 from nbs_lib.config import WrongCall
 
 PAGE = 200  # most runs that a server answers at once
@@ -52,6 +54,21 @@ def alone(file: Path  # the lock
     else:
         try: yield True
         finally: lock.release()
+
+
+def guarded(lock, busy, work, failed):
+    """What a flow returns: `work()`, done by the only run of its kind in this workspace, of which nothing is left however it ends.
+
+    lock: path of the lock of this kind; busy: what another run is at, for people; failed: title of the message where the work fails, or its error → title
+    """
+    with alone(lock) as free:
+        if not free: return Completed(name="Skipped", message=f"skipped: another run {busy} in this workspace")
+        close_dead()
+        with leash(*parent()):
+            try: return work()
+            except (WrongCall, OSError) as error:
+                notify(failed(error) if callable(failed) else failed, str(error), True)
+                raise
 
 
 def close_dead():

@@ -9,10 +9,8 @@ from prefect.states import Completed
 
 from flows.forms import chosen, with_sections
 from flows.home import ROOT
-from flows.notify import notify
 from flows.once import once
-from flows.reaper import leash
-from flows.runs import alone, close_dead, parent
+from flows.runs import guarded
 from flows.spread import spread
 from flows.stage import end_survivors
 from nbs_lib.config import WrongCall, params, read_json, tracking_uri
@@ -82,15 +80,8 @@ def score(pictures: str = "", batch: str = "", draw: bool = False, task_runner: 
         address: of the Ray cluster; empty: one on this machine for this run
         workers: processes on this machine; 0: one a core
     """
-    with alone(DATA/"cache/score.lock") as free:
-        if not free: return Completed(name="Skipped", message="skipped: another run scores in this workspace")
-        close_dead()
-        values = chosen(sections).get("score", {}) | (dict(draw=True) if draw else {})
-        with leash(*parent()):
-            try: return work(pictures, batch, spread(task_runner, address, workers), values)
-            except (WrongCall, OSError) as error:
-                notify("scoring failed", str(error), True)
-                raise
+    values = chosen(sections).get("score", {}) | (dict(draw=True) if draw else {})
+    return guarded(DATA/"cache/score.lock", "scores", lambda: work(pictures, batch, spread(task_runner, address, workers), values), "scoring failed")
 
 
 def main():
