@@ -43,6 +43,37 @@ def in_turn(rounds: int, **sides) -> dict:
     return took
 
 
+SIDE = """
+import json, os, sys, time
+answers = os.fdopen(os.dup(1), 'w')
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no answer
+exec(sys.argv[1])
+for line in sys.stdin:
+    begun = time.perf_counter()
+    try: result = work(*json.loads(line))
+    except Exception as e: said = dict(raised=f'{type(e).__name__}: {e}')
+    else: said = dict(seconds=time.perf_counter() - begun) | told(result); del result
+    print(json.dumps(said), file=answers, flush=True)
+"""
+
+
+class Side:
+    """One side in a process of its own, ours or a peer's, that imports once and is asked as often as one likes. Its code defines `work`, which is
+    measured, and `told`, which says in a dict what came of it; `args` are its `sys.argv[2:]`."""
+    def __init__(self, code: str, *args, peer: bool = False):
+        python = Path(sys.prefix)/"peers/bin/python" if peer else sys.executable
+        self.process = subprocess.Popen([python, "-c", SIDE, code, *map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def __call__(self, *given) -> dict:
+        "What it told, with the `seconds` of `work`; or what was `raised`. `given` is anything that JSON can hold."
+        print(json.dumps(given), file=self.process.stdin, flush=True)
+        if not (line := self.process.stdout.readline()): raise WrongCall("a side of this benchmark ended before its work was done; it has said why")
+        return json.loads(line)
+
+    def end(self):
+        with self.process: self.process.stdin.close()
+
+
 def row(work: str, peer: str, ours: list, peers: list = (), *, most: float = None, over: float = None, within: float = None, also: dict = {}) -> dict:
     """One line of the table, from the seconds of both sides in each round. The goal: a ratio of at most `most`, at most `over` seconds more than
     the peer, `within` seconds; `also` are other goals, in words → whether they are met."""
