@@ -9,6 +9,7 @@ Each notebook does the same work here and as people would do it otherwise, in tu
 import argparse, json, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
+import cloudpickle
 from flows.home import ROOT
 from nbs_lib.config import WrongCall, cores, environment, nearest, params, read_json, replacing, write_json
 from nbs_lib.fetch import fetch
@@ -73,6 +74,27 @@ class Side:
     def end(self):
         with self.process: self.process.stdin.close()
 
+APART = """
+import json, sys, time
+answer, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+import cloudpickle
+work, given, ready = cloudpickle.load(sys.stdin.buffer)
+if ready: given = [ready(*given)]
+begun = time.perf_counter()
+said = work(*given)
+seconds = time.perf_counter() - begun
+with open('/proc/self/status') as f: peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
+print(json.dumps(dict(seconds=seconds, peak=peak, said=said)), file=answer)
+"""
+
+
+def apart(work, *given, ready=None) -> dict:
+    """A function, such as one of a notebook, in a process of its own that holds nothing else: what it `said`, the `seconds` it took, and the `peak` of the
+    memory [bytes]. What it refers to is imported before, and what it works on may be made before, by `ready(*given)`."""
+    ran = subprocess.run([sys.executable, "-c", APART], input=cloudpickle.dumps((work, given, ready)), capture_output=True, cwd=ROOT)
+    if ran.returncode: raise WrongCall(f"a side of this benchmark failed: {ran.stderr.decode()[-3000:]}")
+    return json.loads(ran.stdout)
+
 
 def row(work: str, peer: str, ours: list, peers: list = (), *, most: float = None, over: float = None, within: float = None, also: dict = {}) -> dict:
     """One line of the table, from the seconds of both sides in each round. The goal: a ratio of at most `most`, at most `over` seconds more than
@@ -96,7 +118,8 @@ def done(rows: list, out: str = None):
 
 
 def line(r):
-    return (f"{r['work']}, beside {r['peer']}: {r['ours_s']} s" + (f" to {r['peer_s']} s, ratio {r['ratio']}" if r["peer_s"] else "")
+    beside = f", beside {r['peer']}" if r["peer"] else ""
+    return (f"{r['work']}{beside}: {r['ours_s']} s" + (f" to {r['peer_s']} s, ratio {r['ratio']}" if r["peer_s"] else "")
             + f" ({r['spread'][0]} to {r['spread'][1]}, n {r['n']}); goal {r['goal']}: {'met' if r['met'] else 'not met'}")
 
 
