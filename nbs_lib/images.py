@@ -43,7 +43,7 @@ def _rgb(image):
     if image.has_transparency_data:
         image = image.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')
 
 # %% ../notebooks/api/02_images.ipynb #turn-boxes
 FLIPS = {1: (0, 0, 0), 2: (1, 0, 0), 3: (1, 1, 0), 4: (0, 1, 0), 5: (0, 0, 1), 6: (0, 1, 1), 7: (1, 1, 1), 8: (1, 0, 1)}  # left-right, top-bottom, swap
@@ -86,7 +86,9 @@ def decode(
         if (n := image.width * image.height) > max_pixels: return Refused('too_many_pixels', f'{n} pixels, more than {max_pixels}')
         image.load()
         keep, format = _as_it_came(image, data), image.format
-        turn, upright = image.getexif().get(0x0112, 1), _rgb(ImageOps.exif_transpose(image))
+        turn = image.getexif().get(0x0112, 1)
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of the pixels would take as long as decoding them
+        upright = _rgb(image)
     except Image.DecompressionBombError as e: return Refused('too_many_pixels', str(e))
     except UnidentifiedImageError: return _unknown(data)
     except Exception as e: return Refused('unreadable_image', f'{type(e).__name__}: {e}'.splitlines()[0])

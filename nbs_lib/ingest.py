@@ -124,13 +124,13 @@ class Checked:
         p = decode(data, **self.limits)
         if isinstance(p, Refused): row = (p.code, p.detail, *[None] * 8)
         else: row = (None, None, *p.size, p.suffix, None if p.data is data else p.data, p.turn, *impression(p.image))
-        self.new[sha] = row
-        return row
+        with self.lock: return self.new.setdefault(sha, row)
 
     def save(self):
         "Write what is new, in one short transaction."
-        rows, self.new = [(sha, *row) for sha, row in self.new.items()], {}
-        with self.db: self.db.executemany('INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)', rows)
+        with self.lock, self.db:
+            self.db.executemany('INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)', [(sha, *row) for sha, row in self.new.items()])
+            self.new = {}
 
 # %% ../notebooks/api/13_ingest.ipynb #keep
 def _keep(item, images, checked):
@@ -143,18 +143,21 @@ def _keep(item, images, checked):
     return replace(stored, data=b'')
 
 def _batches(items, most=500, bytes=1 << 26):
-    "Lists of items, short where they carry their pictures with them."
+    "(list of items, whether all must be done before the next one is read); short lists where items carry their pictures with them."
     batch, weight = [], 0
     for item in items:
         if item is not None: batch.append(item); weight += len(getattr(item, 'data', None) or b'')
-        if item is None or len(batch) == most or weight > bytes: yield batch; batch, weight = [], 0
-    yield batch
+        if item is None or len(batch) == most or weight > bytes: yield batch, item is None; batch, weight = [], 0
+    yield batch, True
 
 def _decoded(items, images, checked):
-    "Each item with what became of its picture, in order."
+    "Each item with what became of its picture, in order; threads see to the next ones meanwhile."
     with ThreadPoolExecutor(cores()) as pool:
-        for some in _batches(items):
-            yield from zip(some, pool.map(partial(_keep, images=images, checked=checked), some))
+        ahead = ()
+        for some, pause in _batches(items):
+            now = zip(some, pool.map(partial(_keep, images=images, checked=checked), some))
+            yield from chain(ahead, now if pause else ())
+            ahead = () if pause else now
             checked.save()
 
 # %% ../notebooks/api/13_ingest.ipynb #balanced
@@ -170,7 +173,7 @@ def balanced(
 class _Intake:
     "What came in, and what became of it."
     def __init__(self, root, images, checked, patches, on_bad_box, **judging):
-        self.root, self.images, self.checked, self.patches, self.judging = root, images, checked, patches, judging
+        self.root, self.images, self.checked, self.patches, self.judging = Path(root).resolve(), images, checked, patches, judging
         self.whole = on_bad_box == 'reject_image'
         self.letters, self.samples, self.silent, self.seen, self.twins = Outbox(), {}, set(), Counter(), Counter()
 
@@ -215,7 +218,7 @@ class _Intake:
         return again
 
     def sample(self, item, stored):
-        origin = item.path.relative_to(Path(self.root).resolve()).as_posix()
+        origin = item.path.relative_to(self.root).as_posix()
         seen = stored.brightness, stored.looks, stored.contrast
         return Sample((self.images or Path())/stored.name, item.boxes, stored.size, item.source, origin, item.row, item.split, *seen)
 

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from .boxes import Boxes
 from .config import WrongCall, cores
-from .detector import device_name, open_bundle
+from .detector import device_name, keep_memory, open_bundle
 from .images import Refused, decode_file
 
 # %% ../notebooks/api/21_predict.ipynb #detector
@@ -45,6 +45,7 @@ def load(
     from ultralytics.utils.torch_utils import select_device
     device = select_device(device, verbose=False)
     model = yolo.model.fuse(verbose=False).eval().to(device)
+    if device.type == 'cpu': model.to(memory_format=torch.channels_last); keep_memory()
     net = _recorded(model, device) if device.type == 'cuda' else torch.inference_mode()(lambda x: model(x)[0])
     return Detector(net, about['names'], about['imgsz'], int(model.stride.max()), device, threads or cores())
 
