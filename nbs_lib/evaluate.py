@@ -20,7 +20,7 @@ from .config import WrongCall, read_json, replacing, write_json
 from .deadletter import Letter, write_letters
 from .predict import load, predict
 from .drift import profile
-from .metrics import Scores, bootstrap as resample, coco_form, interval, match_coco, score_coco
+from .metrics import Scores, bootstrap as resample, interval, match_samples, summarize
 
 # %% ../notebooks/api/23_evaluate.ipynb #match
 def match(
@@ -29,14 +29,18 @@ def match(
     at: float = .5,   # least IoU of a pair, in [0, 1]
 ) -> np.ndarray:      # (len(found),) index of the true box, -1: nothing there, -2: inside a crowd
     "Pair detections with true boxes, one to one."
-    crowd = truth.is_crowd
-    overlap = iou(found.xyxy, truth.xyxy, crowd)
+    return _pair(truth, found, at, _overlap(truth, found))
+
+def _overlap(truth, found): return iou(found.xyxy, truth.xyxy, truth.is_crowd)
+
+def _pair(truth, found, at, overlap):
+    crowd, same = truth.is_crowd, found.label[:, None] == truth.label
     pair, free = np.full(len(found), -1), ~crowd
-    for same in (True, False):
-        for i in np.argsort(-found.score, kind='stable'):
-            fits = np.where(free & (overlap[i] >= at) & ((truth.label == found.label[i]) == same), overlap[i], 0)
-            if pair[i] == -1 and fits.max(initial=0) > 0: pair[i] = fits.argmax(); free[pair[i]] = False
-    inside = (overlap * (crowd & (found.label[:, None] == truth.label))).max(1, initial=0) >= at
+    d, t = np.nonzero((overlap >= at) & (overlap > 0) & free)
+    order = np.lexsort((-overlap[d, t], d, -found.score[d], ~same[d, t]))
+    for i, j in zip(d[order].tolist(), t[order].tolist()):
+        if pair[i] == -1 and free[j]: pair[i], free[j] = j, False
+    inside = (overlap * (crowd & same)).max(1, initial=0) >= at
     pair[(pair == -1) & inside] = -2
     return pair
 
@@ -56,14 +60,17 @@ def judge(
     at: float,     # least IoU of a pair, in [0, 1]
 ) -> tuple:        # for each detection (kind, or in_crowd; index of the true box it is about, or -1; IoU with that, or with the nearest)
     "Say of each detection what is right or wrong with it."
-    pair, rows = match(truth, found, at), np.arange(len(found))
-    overlap = np.pad(iou(found.xyxy, truth.xyxy) * ~truth.is_crowd, ((0, 0), (0, 1)))  # the last column: no box
-    same = overlap * np.append(found.label[:, None] == truth.label, np.zeros((len(found), 1), bool), 1)
+    return _judge(truth, found, at, _overlap(truth, found))
+
+def _judge(truth, found, at, overlap):
+    pair, rows = _pair(truth, found, at, overlap), np.arange(len(found))
+    overlap = np.append(overlap * ~truth.is_crowd, np.zeros((len(found), 1)), 1)  # the last column: no box
+    same = overlap * (found.label[:, None] == np.append(truth.label, ''))
     own, any = same.max(1), overlap.max(1)
     cases = [pair == -2, (pair >= 0) & (same[rows, pair] > 0), pair >= 0, any >= at, own >= .1]
     kind = np.select(cases, ['in_crowd', 'right', 'wrong_class', 'double', 'poorly_placed'], 'background')
     about = np.where(pair >= 0, pair, np.where((any >= at) & (own < at), overlap.argmax(1), same.argmax(1)))
-    about[np.isin(kind, ['in_crowd', 'background'])] = -1
+    about[(kind == 'in_crowd') | (kind == 'background')] = -1
     return kind, about, np.where(about >= 0, overlap[rows, about], any)
 
 # %% ../notebooks/api/23_evaluate.ipynb #judge-all
@@ -76,20 +83,27 @@ def judge_all(
     return [row for s, found in zip(tqdm(samples, desc='judging', delay=2), detections) for row in _judge_one(s, found, at)]
 
 def _judge_one(s, found, at):
-    kind, about, share = judge(s.boxes, found, at)
-    for i in np.argsort(-found.score, kind='stable'):
-        if kind[i] != 'in_crowd': yield _row(s, kind[i], about[i], found.label[i], found.score[i], share[i], found.xyxy[i])
-    taken = about[np.isin(kind, ['right', 'wrong_class'])]
-    nearest = iou(s.boxes.xyxy, found.xyxy).max(1, initial=0)
-    for i in np.flatnonzero(~np.isin(np.arange(len(s.boxes)), taken) & ~s.boxes.is_crowd):
-        yield _row(s, 'missed', i, '', None, nearest[i], s.boxes.xyxy[i])
+    overlap = _overlap(s.boxes, found)
+    kind, about, share = _judge(s.boxes, found, at, overlap)
+    order = np.argsort(-found.score, kind='stable')
+    order = order[kind[order] != 'in_crowd']
+    left = ~s.boxes.is_crowd
+    left[about[(kind == 'right') | (kind == 'wrong_class')]] = False
+    missed = np.flatnonzero(left)
+    nearest = overlap[:, missed].max(0, initial=0)
+    predicted = zip(kind[order].tolist(), found.label[order].tolist(), found.score[order].tolist())
+    boxes = np.concatenate([found.xyxy[order], s.boxes.xyxy[missed]])
+    return _rows(s, [*predicted, *[('missed', '', None)] * len(missed)], np.append(about[order], missed), np.append(share[order], nearest), boxes)
 
-def _row(s, kind, about, predicted, score, share, xyxy):
-    boxes = s.boxes[[about]] if about >= 0 else Boxes(xyxy, [''])
-    size = ('small', 'medium', 'large')[np.searchsorted([32**2, 96**2], area(boxes.xyxy)[0].round(3), 'right')]
-    return dict(picture=s.path.name, origin=s.file, source=s.source, kind=str(kind), true=str(boxes.label[0]), predicted=str(predicted),
-                score=None if score is None else round(float(score), 6), iou=round(float(share), 4), **dict(zip(EDGES, np.round(xyxy, 2).tolist())),
-                object=int(about) if about >= 0 else None, size=size, brightness=s.brightness)
+def _rows(s, predicted, about, share, xyxy):
+    "Rows of one picture: predicted are (kind, class, score), about are places of true boxes, or -1."
+    none, true = about < 0, np.append(s.boxes.label, '')[about]
+    shown = np.where(none[:, None], xyxy, np.append(s.boxes.xyxy, np.zeros((1, 4)), 0)[about])
+    size = np.array(['small', 'medium', 'large'])[np.searchsorted([32**2, 96**2], area(shown).round(3), 'right')]
+    columns = true.tolist(), share.tolist(), xyxy.round(2).tolist(), np.where(none, None, about).tolist(), size.tolist()
+    return [dict(picture=s.path.name, origin=s.file, source=s.source, kind=kind, true=true, predicted=label, score=None if score is None else round(score, 6),
+                 iou=round(share, 4), **dict(zip(EDGES, edges)), object=object, size=size, brightness=s.brightness)
+            for (kind, label, score), true, share, edges, object, size in zip(predicted, *columns)]
 
 # %% ../notebooks/api/23_evaluate.ipynb #columns
 EDGES = 'xmin', 'ymin', 'xmax', 'ymax'
@@ -243,9 +257,9 @@ def assess(
     "Judge detections against samples. Raises what `check_shares` raises."
     check_shares(conf=conf, match_iou=match_iou, suspect=suspect, bootstrap=bootstrap)
     sure = [b[b.score >= conf] for b in detections]
-    form, rows = coco_form(samples, detections, names), judge_all(samples, sure, match_iou)
-    scores, matrix, count = score_coco(*form), confusion(rows, names), Counter(r['kind'] for r in rows)
-    draws = resample(match_coco(*form), resamples=bootstrap)[0].T
+    matched, rows = match_samples(samples, detections, names), judge_all(samples, sure, match_iou)
+    scores, matrix, count = summarize(matched), confusion(rows, names), Counter(r['kind'] for r in rows)
+    draws = resample(matched, resamples=bootstrap)[0].T
     spread = {f'{k}_{end}': v for k, values in zip(('map', 'map50'), draws)
               for end, v in zip(('low', 'high'), np.nan_to_num(interval(values), nan=-1.).tolist())}
     alarms = {k: count[k] for k in ('background', 'poorly_placed', 'double')}

@@ -19,7 +19,7 @@ from .coco import load_coco
 from .config import WrongCall, coerce, digest, file_digest, nearest
 from .predict import load, predict
 from .draw import show_gate
-from .metrics import Matched, bootstrap as resample, coco_form, interval, match_coco
+from .metrics import bootstrap as resample, interval, match_samples
 from .registry import champion, download, find, history, promote, versions
 from .store import asking, connect
 
@@ -60,17 +60,15 @@ def _unseen(samples, sides):
     return [s for s in samples if s.path.stem not in gone], {k: None if v is None else len(v) for k, v in seen.items()}
 
 # %% ../notebooks/api/33_gate.ipynb #scores
-def _of(matched, rows): return Matched(matched.pictures, matched.boxes[rows], [matched.found[i] for i in rows])
-
 def _value(v): return None if np.isnan(v) else round(float(v), 6)
 
 def _scores(matched, rows):
     "(map, map50) over some of the classes, on all pictures once."
-    return [_value(v) for v in _of(matched, rows).scores(np.ones((1, len(matched.pictures)), int))[0]]
+    return [_value(v) for v in matched[rows].scores(np.ones((1, len(matched.pictures)), int))[0]]
 
 def _difference(one, two, rows, resamples):
     "Of map: numbers of two minus one over some of the classes, and the draws behind them."
-    values = resample(_of(one, rows), _of(two, rows), resamples=resamples)[:, :, 0]
+    values = resample(one[rows], two[rows], resamples=resamples)[:, :, 0]
     draws = values[1] - values[0]
     (a, _), (b, _), (low, high) = _scores(one, rows), _scores(two, rows), map(_value, interval(draws))
     return dict(difference=None if None in (a, b, low) else round(b - a, 6), low=low, high=high), draws[~np.isnan(draws)]
@@ -152,7 +150,7 @@ def weigh(
     whole, (kept, left_out) = list(dict.fromkeys([*known, *names])), _unseen(samples, sides)
     boxes = Counter(label for s in kept for label in s.boxes.label[~s.boxes.is_crowd].tolist())
     classes, enough = _classes(sides, names, boxes), len(kept) >= rules.min_pictures
-    matched = {k: match_coco(*coco_form(kept, s.find(kept), whole)) for k, s in sides.items()} if enough else {}
+    matched = {k: match_samples(kept, s.find(kept), whole) for k, s in sides.items()} if enough else {}
     row, score = {n: i for i, n in enumerate(whole)}, lambda side, rows: _scores(matched[side], rows) if enough else (None, None)
     judged = [row[n] for n in (classes['shared'] if champion else whole)]
     by_class = {n: dict({k: score(k, [row[n]])[0] if n in s.names else None for k, s in sides.items()}, boxes=boxes[n],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faster_coco_eval import COCO, COCOeval_faster
 from hypothesis import HealthCheck, given, settings, strategies as st
 from typer.testing import CliRunner
 
@@ -13,7 +14,7 @@ from nbs_lib.cli import app
 from nbs_lib.config import read_json, write_json
 from nbs_lib.evaluate import COLUMNS, KINDS, assess, confusion, judge, judge_all, read_errors, slices, suspects
 from nbs_lib.evaluate import _write as write_tables
-from nbs_lib.metrics import bootstrap, coco_form, interval, match_coco, score_coco, voc_ap
+from nbs_lib.metrics import bootstrap, coco_form, interval, match_coco, match_samples, score, score_coco, voc_ap
 
 OFTEN = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -27,7 +28,7 @@ def coco_case(real):
 
 
 def test_coco_to_the_last_digit(coco_case):
-    "The twelve numbers and every class, whatever ids the annotations have: COCO's scorers count one with id 0 as wrong."
+    "The twelve numbers and every class, whatever ids the annotations have."
     truth, found, expected = coco_case
     renumbered = dict(truth, annotations=[dict(a, id=i) for i, a in enumerate(truth["annotations"])])
     for scores in (score_coco(truth, found), score_coco(renumbered, found)):
@@ -82,14 +83,25 @@ def coco(images, boxes):
                 annotations=[dict(id=i, image_id=p, category_id=c, bbox=b, iscrowd=int(crowd)) for i, (p, c, b, crowd) in enumerate(boxes)])
 
 
+def another_scorer(truth, found):
+    "The twelve numbers of faster-coco-eval. It takes an annotation with id 0 for an unmatched one."
+    usual = lambda a: dict(area=a["bbox"][2] * a["bbox"][3]) | a
+    them = COCO({**truth, "annotations": [usual(a) | dict(id=i) for i, a in enumerate(truth["annotations"], 1)]})
+    judge = COCOeval_faster(them, them.loadRes([dict(d) for d in found]), "bbox", print_function=lambda *a: None)
+    judge.evaluate(); judge.accumulate(); judge.summarize()
+    return judge.stats
+
+
 @OFTEN
 @given(boxes=st.lists(st.tuples(PICTURE, CLASS, BOX, st.integers(0, 4).map(lambda dice: dice == 4)), max_size=16),
-       found=st.lists(st.tuples(PICTURE, CLASS, BOX, st.integers(0, 30)), max_size=30), copies=st.integers(1, 60))
-def test_scores_as_another_scorer(boxes, found, copies):
-    "Crowds, equal scores, more than a hundred detections on a picture: what was matched once scores as faster-coco-eval does."
-    truth = coco(range(3), boxes)
-    found = [dict(image_id=p, category_id=c, bbox=b, score=s / 30) for p, c, b, s in found] * copies
+       found=st.lists(st.tuples(PICTURE, CLASS, BOX, st.integers(0, 30)), max_size=30), copies=st.integers(1, 60), scale=st.sampled_from([1, 4, 12]))
+def test_scores_as_another_scorer(boxes, found, copies, scale):
+    "Crowds, equal scores, all sizes, more than a hundred detections on a picture: all numbers, and what was matched once."
+    larger = lambda rows: [(p, c, [v * scale for v in b], more) for p, c, b, more in rows]
+    truth = coco(range(3), larger(boxes))
+    found = [dict(image_id=p, category_id=c, bbox=b, score=s / 30) for p, c, b, s in larger(found)] * copies
     numbers = score_coco(truth, found).numbers
+    assert np.abs(np.array([*numbers.values()]) - another_scorer(truth, found)).max() < 1e-9
     for one, k in zip(match_coco(truth, found).scores(np.ones((1, 3), int))[0], ("map", "map50")):
         assert abs((-1. if np.isnan(one) else one) - numbers[k]) < 1e-9
 
@@ -124,6 +136,14 @@ def made(pairs):
                               file=f"{source}/{i}\udcff.jpg", row=i + 1, brightness=brightness))
         detections.append(Boxes(*unzip(found)))
     return samples, detections
+
+
+@OFTEN
+@given(pairs=PAIRS)
+def test_samples_score_as_their_files(pairs):
+    samples, detections = made(pairs)
+    mine, files = score(samples, detections, NAMES), score_coco(*coco_form(samples, detections, NAMES))
+    assert (mine.numbers, mine.by_class) == (files.numbers, files.by_class)
 
 
 @OFTEN
@@ -199,7 +219,7 @@ def test_a_better_detector_is_seen_on_few_pictures():
     samples = [Sample(Path(f"{i}.jpg"), Boxes([[10, 10, 50, 50]], ["cat"])) for i in range(60)]
     hard = rng.random(60) < .5
     moved = lambda more: [Boxes([[10 + 9 * h + more, 10, 50 + 9 * h + more, 50]], ["cat"], [.5 + h / 10]) for h in hard]
-    one, other = (match_coco(*coco_form(samples, moved(more), ["cat"])) for more in (0, 3))
+    one, other = (match_samples(samples, moved(more), ["cat"]) for more in (0, 3))
     values = bootstrap(one, other, resamples=1000)[:, :, 0]
     (low, high), own = interval(values[0] - values[1]), interval(values[0])
     assert low > 0 and high - low < (own[1] - own[0]) / 2
