@@ -10,8 +10,13 @@ import argparse, json, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
 import cloudpickle
+import numpy as np
+from PIL import Image
+
 from flows.home import ROOT
+from nbs_lib.boxes import iou
 from nbs_lib.config import WrongCall, cores, environment, nearest, params, read_json, replacing, write_json
+from nbs_lib.detector import train
 from nbs_lib.fetch import fetch
 from nbs_lib.ingest import ingest
 from nbs_lib.split import split
@@ -31,6 +36,37 @@ def demo(folder: Path, small: bool) -> Path:
     ingest(folder/"interim", **settings("ingest", small, root=folder/"raw", sources=[dict(path="fetched", format="auto")]))
     split(folder/"interim", folder/"tree", **settings("split", small))
     return folder/"tree"
+
+
+def trained(here: Path, small: bool) -> Path:
+    """The bundle of a detector that learned the demo set, ready to be served, made in a folder: its scenes lie in tree/images. It sees 640 pixels, four
+    scenes side by side. A small one has hardly learned, and its boxes are sure of nothing."""
+    train(demo(here, small), here/"models", here/"work", **settings("train", small, device="cpu"))
+    about = {"model": read_json(here/"models/model.json") | dict(imgsz=4 * settings("fetch", small)["side"]), "version": dict(version=1),
+             "thresholds": dict(conf=1e-4 if small else .25, iou=.7, max_det=100)}
+    for name, value in about.items(): write_json(here/f"models/{name}.json", value)
+    return here/"models"
+
+
+def mosaics(here: Path, out: Path, count: int) -> list:
+    "Paths of so many new pictures, each of 4 × 3 test scenes of `trained`: what the detector learned to find, as large as it saw it."
+    rng, scenes = np.random.default_rng(0), [Image.open(f).convert("RGB") for f in sorted((here/"tree/images/test").iterdir())]
+    side, files = scenes[0].width, [out/f"{i:05}.jpg" for i in range(count)]
+    out.mkdir(parents=True)
+    for file in files:
+        picture = Image.new("RGB", (4 * side, 3 * side))
+        for place, which in enumerate(rng.integers(len(scenes), size=12)): picture.paste(scenes[which], (place % 4 * side, place // 4 * side))
+        picture.save(file, quality=90)
+    return files
+
+
+def same_boxes(some: list, others: list, conf: float):
+    """Assert that two sides found the same on each picture, as (edges, scores, labels): an IoU over .99, a score within .01, the label. Of what lies near
+    `conf`, the least score, one side may lack what the other has."""
+    for i, sides in enumerate(zip(some, others, strict=True)):
+        a, b = ([np.asarray(column) for column in side] for side in sides)
+        same = (iou(a[0].reshape(-1, 4), b[0].reshape(-1, 4)) > .99) & (abs(a[1][:, None] - b[1]) < .01) & (a[2][:, None] == b[2])
+        for axis, score in ((1, a[1]), (0, b[1])): assert same.any(axis)[score > conf + .01].all(), f"picture {i}: {a} and {b}"
 
 
 def in_turn(rounds: int, **sides) -> dict:
@@ -73,6 +109,7 @@ class Side:
 
     def end(self):
         with self.process: self.process.stdin.close()
+
 
 APART = """
 import json, sys, time
