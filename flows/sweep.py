@@ -6,6 +6,7 @@ import argparse, json, os, queue, re, secrets, subprocess, sys, threading
 from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import pandas as pd
@@ -115,22 +116,23 @@ class Sweep:
     def all(self, source, jobs):
         "Try what the source gives; it is told of each outcome."
         with ThreadPoolExecutor(jobs, initializer=take, initargs=(slots(jobs),)) as pool, leash():
-            pending = {}
+            pending, asked = {}, count()
             while True:
-                while len(pending) < jobs and (one := source.ask()): pending[pool.submit(self.attempt, one[1])] = one[0]
+                while len(pending) < jobs and (one := source.ask()): pending[pool.submit(self.attempt, one[1])] = next(asked), one[0]
                 if not pending: return
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    self.rows.append(row := future.result())
+                    number, which = pending.pop(future)
+                    self.rows.append(row := future.result() | dict(number=number))
                     value = self.score(row["report"]) if "report" in row else None
-                    source.tell(pending.pop(future), value)
+                    source.tell(which, value)
                     outcome = f"failed: {row['why']}" if "why" in row else f"{self.metric} {value}"
                     print(f"{len(self.rows)}/{source.trials}  {told(row['set'])}  {outcome}", file=sys.stderr, flush=True)
 
     def table(self, direction):
         "A row a set, the best first, failed ones at the end: all keys that any set has, all numbers, why and page."
-        keys = list(dict.fromkeys(key for row in self.rows for key in row["set"]))
-        rows = []
-        for row in self.rows:
+        tried = sorted(self.rows, key=lambda row: row["number"])  # not as they ended
+        keys, rows = list(dict.fromkeys(key for row in tried for key in row["set"])), []
+        for row in tried:
             whole = self.stage.whole(row["set"], self.name)
             rows.append({key: whole[key] for key in keys} | {k: v for k, v in numbers(row.get("report", {})).items() if k not in keys}
                         | {key: row[key] for key in ("run", "why", "page") if key in row})

@@ -118,5 +118,5 @@ def test_drift_asks_for_retraining(scored, server, tmp_path):
     drift(scored, server, "--request-retraining")
     assert len(wait(started, 60, .5)) == 1
     day = dict(filter=dict(event=dict(name=["nbs.drift"]), occurred=dict(since=(datetime.now(UTC) - timedelta(hours=1)).isoformat())))
-    [event] = server.ask("/events/filter", day)["events"]
+    [event] = wait(lambda: server.ask("/events/filter", day)["events"], 30, .5)  # the server writes them down a little later
     assert event["payload"]["drifted"] == ["data/predictions/at night"] and event["resource"]["prefect.resource.id"] == "nbs.champion.1"
