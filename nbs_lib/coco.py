@@ -6,7 +6,7 @@
 __all__ = ['COMPANIONS', 'coco_files', 'read_coco', 'write_coco', 'load_coco']
 
 # %% ../notebooks/api/06_coco.ipynb #imports
-import json, re
+import json, os, re
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .boxes import Boxes, Sample, from_xywh, to_xywh
 from .config import WrongCall, read_json, replacing
 from .deadletter import Fault, Letter, Patches
 from .source import Reading, Tree, is_name, is_true, need, numbers, sample_of, split_in, unlabelled, unread
-from .stream import Spool, stream_json
+from .stream import spool, stream_json
 
 # %% ../notebooks/api/06_coco.ipynb #coco-files
 COMPANIONS = re.compile(r'(captions|person_keypoints|image_info|stuff|panoptic)_')
@@ -88,7 +88,7 @@ class _Classes(dict):
 
 def _coco_lists(path):
     "images by id, annotations by image_id, and class names by id"
-    found, classes = {k: Spool() for k in ('images', 'annotations')}, _Classes()
+    found, classes = {k: spool(path) for k in ('images', 'annotations')}, _Classes()
     key, listed = dict(images='id', annotations='image_id'), set()
     for name, index, value in stream_json(path):
         if index is not None or value == []: listed.add(name)
@@ -102,7 +102,7 @@ def _coco_lists(path):
 def _id(record, key):
     "An id as text that tells 1 from '1'; empty where there is none."
     id = record.get(key) if isinstance(record, dict) else None
-    return json.dumps(id) if isinstance(id, (int, str)) else ''
+    return str(id) if type(id) is int else json.dumps(id) if isinstance(id, (int, str)) else ''
 
 def _row(record, row): return record.get('id', row) if isinstance(record, dict) else row
 
@@ -115,14 +115,15 @@ def _known(a, ids, parse):
 def _coco_box(a, classes):
     "(edges, class name, crowd)"
     need(a, 'image_id', 'category_id', 'bbox')
-    bbox = numbers(a['bbox'], 4)
+    x, y, w, h = numbers(a['bbox'], 4)
     if (label := classes.get(_id(a, 'category_id'))) is None: raise Fault('unknown_class', f"there is no category with id {a['category_id']!r} and one name")
-    return from_xywh(np.array([bbox]))[0], label, is_true(a.get('iscrowd'))
+    return (x, y, x + w, y + h), label, is_true(a.get('iscrowd'))
 
 def _new_box(a, parse, seen):
     box, id = parse(a), a.get('id')
-    if isinstance(id, (int, str)) and id in seen: raise Fault('duplicate_id', f'box {id!r} was listed before')
-    if isinstance(id, (int, str)): seen.add(id)
+    if isinstance(id, (int, str)):
+        if id in seen: raise Fault('duplicate_id', f'box {id!r} was listed before')
+        seen.add(id)
     return box
 
 # %% ../notebooks/api/06_coco.ipynb #pictures
@@ -175,7 +176,7 @@ class _Pictures:
 
 def _coco_sample(reading, file, im, picture, boxes, where, **more):
     own = im['split'] if isinstance(im.get('split'), str) else ''
-    split = split_in(own) or split_in(file) or split_in(str(Path(where).parent))
+    split = split_in(own) or split_in(file) or split_in(os.path.dirname(where))
     return sample_of(picture, boxes, reading.name, file, im['id'], split, stated=tuple(im.get(k) for k in ('width', 'height')), where=where,
                      find=lambda record: reading.find(record['picture'], reading.tree.root/file), **more)
 

@@ -19,7 +19,7 @@ from .boxes import Sample, from_xywh, from_yolo
 from .config import WrongCall, nearest
 from .deadletter import Fault, Letter, Patches
 from .source import Reading, Tree, is_name, is_true, need, numbers, sample_of, split_in, unlabelled, unread
-from .stream import Spool, csv_header, csv_rows, json_rows
+from .stream import csv_header, csv_rows, json_rows, spool
 
 # %% ../notebooks/api/09_tables.ipynb #known
 KNOWN = {k: v.split() for k, v in dict(
@@ -211,7 +211,7 @@ def _tables(reading, files, rows, level, options):
 
 # %% ../notebooks/api/09_tables.ipynb #table
 def _table(reading, path, rows, level, options):
-    groups, sizes, mended, file = Spool(), [], {}, reading.tree.relative(path)
+    groups, sizes, mended, file = spool(path), [], {}, reading.tree.relative(path)
     def key(record):
         if isinstance(record, Fault): raise record
         need(record, *(c for k, c in options.fields if k == 'picture'))

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from .boxes import Sample, from_yolo, to_yolo
+from .boxes import Sample, to_yolo
 from .config import WrongCall, read_yaml, write_yaml
 from .deadletter import Fault, Letter, Patches
 from .source import PICTURES, Reading, Tree, is_name, numbers, sample_of, split_in, text_of, unlabelled, unread
@@ -44,10 +44,10 @@ def label_of(
     picture: Path,  # in it
 ) -> Path:          # where its label file is, or None
     "The label file of a picture."
-    parts = picture.relative_to(tree.root).with_suffix('.txt').parts
-    last = next((i for i in reversed(range(len(parts) - 1)) if parts[i].lower() == 'images'), None)
-    swapped = [tree.root.joinpath(*parts[:last], 'labels', *parts[last + 1:])] if last is not None else []
-    return next((f for f in map(tree.called, (*swapped, tree.root.joinpath(*parts), tree.root/'labels'/parts[-1])) if f), None)
+    name = '/' + os.path.splitext(tree.relative(picture))[0] + '.txt'
+    above, images, below = name.lower().rpartition('/images/')
+    swapped = [f'{above}/labels/{below}'] if images else []
+    return next((f for n in (*swapped, name, '/labels' + name[name.rfind('/'):]) if (f := tree.called(f'{tree.root}{n}'))), None)
 
 # %% ../notebooks/api/08_yolo.ipynb #parts
 def _parts(tree, lists):
@@ -57,9 +57,9 @@ def _parts(tree, lists):
         content = read_yaml(file) if names and file.suffix.lower() in ('.yaml', '.yml') else {}
         base = file.parent/str(content.get('path') or '.')
         for key in ('train', 'val', 'validation', 'test'):
-            entries = content.get(key) or []
+            entries, part = content.get(key) or [], split_in(key)
             for entry in entries if isinstance(entries, list) else [entries]:
-                for picture in _listed(tree, (base, file.parent), str(entry)): found.setdefault(picture, set()).add(split_in(key))
+                for picture in _listed(tree, (base, file.parent), str(entry)): found.setdefault(picture, set()).add(part)
     return {p: next(iter(parts)) if len(parts) == 1 else None for p, parts in found.items()}
 
 def _listed(tree, bases, entry):
@@ -69,7 +69,7 @@ def _listed(tree, bases, entry):
         if path in tree and path not in tree.unreadable:
             lines = path.read_text(encoding='utf-8-sig', errors='replace').splitlines()
             return [p for line in lines if line.strip() for p in _named(tree, (path.parent, base), line.strip())]
-        if os.path.isdir(path): return [p for p in tree.endswith(*PICTURES) if p.is_relative_to(path)]
+        if os.path.isdir(path): return [p for p in tree.endswith(*PICTURES) if str(p).startswith(f'{path}/')]
     return []
 
 def _named(tree, bases, line):
@@ -95,7 +95,7 @@ def read_yolo(
     parse = partial(_box, classes=classes, posed=first.suffix != '.txt' and 'kpt_shape' in first.read_text(errors='replace'))
     for picture in tree.endswith(*PICTURES):
         file, label = tree.relative(picture), label_of(tree, picture)
-        split = parts[picture] if picture in parts else split_in(str(Path(file).parent))
+        split = parts[picture] if picture in parts else split_in(os.path.dirname(file))
         used.add(label)
         if label: yield from _label_file(reading, picture, label, split, parse)
         else: yield unlabelled(reading, picture, background, 'there is no label file', split)
@@ -125,11 +125,13 @@ def _box(line, classes, posed):
     columns = str(line).split()
     if not columns: raise Fault('malformed_record', 'the line is empty')
     number, *rest = numbers(columns, len(columns))
-    if number not in classes: raise Fault('unknown_class', f'class {columns[0]} is not in the list of {len(classes)}')
-    if len(rest) == 4 or posed and len(rest) > 4: return from_yolo(np.array([rest[:4]]))[0], classes[number], False
+    if (label := classes.get(number)) is None: raise Fault('unknown_class', f'class {columns[0]} is not in the list of {len(classes)}')
+    if len(rest) == 4 or posed and len(rest) > 4:
+        x, y, w, h = rest[:4]
+        return (x - w / 2, y - h / 2, x + w / 2, y + h / 2), label, False
     if len(rest) < 6 or len(rest) % 2: raise Fault('malformed_record', f'5 columns were expected, not {len(columns)}: class, centre x, centre y, width, height')
     corners = np.array(rest).reshape(-1, 2)
-    return np.concatenate([corners.min(0), corners.max(0)]), classes[number], False
+    return np.concatenate([corners.min(0), corners.max(0)]), label, False
 
 # %% ../notebooks/api/08_yolo.ipynb #yolo-label
 def yolo_label(
