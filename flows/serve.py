@@ -29,7 +29,7 @@ PATIENCE = 60  # for a server to answer [s]
 
 
 def answers(url):
-    try: urlopen(f"{url}/health", timeout=5).close()
+    try: urlopen(f"{url}/health", timeout=5).close()  # the address of a Prefect server  # nosec B310
     except OSError: return False
     return True
 
@@ -44,7 +44,7 @@ def start_server(host, port):
 @contextmanager
 def own_server(host, port):
     "A server that is started again when it dies: its address on this machine. Raises `WrongCall` where it does not come up."
-    near = "127.0.0.1" if host == "0.0.0.0" else host
+    near = "127.0.0.1" if host == "0.0.0.0" else host  # nothing is bound here  # nosec B104
     url, stopping = f"http://{near}:{port}/api", threading.Event()
     if answers(url): raise WrongCall(f"a Prefect server runs on port {port} already: PREFECT_API_URL={url} uses it, --port takes another")
     process, patience = start_server(host, port), time.monotonic() + PATIENCE

@@ -59,7 +59,7 @@ def logged(
     most: int = 20_000,  # pictures that are looked at
 ) -> tuple:              # (list of Sample, list of Boxes with scores), as for `features`
     "What was answered, of all rows that were not refused."
-    kept, draw = [], random.Random(0)
+    kept, draw = [], random.Random(0)  # a sample, the same each time  # nosec B311
     for n, row in enumerate(row for row in rows if row['code'] is None):
         place = n if n < most else draw.randrange(n + 1)
         if place < most: kept[place:place + 1] = [row]

@@ -359,6 +359,6 @@ def listen(
     import uvicorn
     try: here = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
     except OSError as e: raise WrongCall(f'port {port} of {host} cannot be had ({e.strerror}): `--port` names another') from None
-    own = '127.0.0.1' if host in ('0.0.0.0', '::') else host
+    own = '127.0.0.1' if host in ('0.0.0.0', '::') else host  # listening on all is what was asked for  # nosec B104
     app = mount(create_app(service), f'http://{own}:{port}', service.bounds.bytes)
     uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, timeout_graceful_shutdown=10)).run([here])
