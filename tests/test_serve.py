@@ -5,11 +5,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from conftest import wait
+from nbs_lib.boxes import iou
 from nbs_lib.registry import promote, versions
 from nbs_lib.store import connect
 
@@ -93,6 +95,14 @@ def loaded(service, pictures, requests, clients, meanwhile):
     return answers
 
 
+def alike(some, others):
+    "The share of boxes that the others have, too: each load chooses its runtime anew, and runtimes agree to an IoU of .99 and a score within .01."
+    edges = lambda boxes: np.array([[b[k] for k in ("xmin", "ymin", "xmax", "ymax")] for b in boxes]).reshape(-1, 4)
+    same = lambda a, b: a["label"] == b["label"] and abs(a["score"] - b["score"]) < .01
+    near = iou(edges(some), edges(others)) > .99
+    return sum(any(near[i, j] and same(a, b) for j, b in enumerate(others)) for i, a in enumerate(some)) / max(len(some), 1)
+
+
 @pytest.mark.parametrize("requests, switches", [(400, 4), pytest.param(10_000, 20, marks=pytest.mark.serving)])
 def test_switched_under_load(two, pictures, requests, switches):
     "No request fails, every answer names the version that made it, and has that version's boxes."
@@ -110,7 +120,9 @@ def test_switched_under_load(two, pictures, requests, switches):
         assert {status for _, status, _ in answers} == {200} and switched == [200] * switches
         told = [(said["pictures"][0]["version"], said["pictures"][0]["boxes"]) for _, _, said in answers]
         assert {version for version, _ in told} == {"1", "2"}
-        assert all(boxes == alone[version][i % len(pictures)] for i, (version, boxes) in enumerate(told[:requests]))
+        for i, (version, boxes) in enumerate(told[:requests]):
+            shares = {name: alike(boxes, found[i % len(pictures)]) for name, found in alone.items()}
+            assert max(shares, key=shares.get) == version and shares[version] > .5, (version, shares)
         print(f"{len(answers)} requests, {switches} switches, none failed; slowest {max(s for s, _, _ in answers):.2f} s")
         assert service.stop() in (0, -signal.SIGTERM)
 
