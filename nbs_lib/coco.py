@@ -64,6 +64,7 @@ def _coco_file(reading, path):
         a, letter = reading.tried(partial(_known, ids=pictures.ids, parse=parse), a, 'box', file, _row(a, row))
         if isinstance(a, dict): boxes.add(_id(a, 'image_id'), row, a); mended[str(_row(a, row))] = letter
         else: yield a
+    find = lambda record: reading.find(record['picture'], path)
     for row, im, outcome in pictures:
         owner = pictures.ids.get(_id(im, 'id')) == row
         records = [(_row(a, n), a) for n, a in boxes.of(_id(im, 'id'))] if owner else []
@@ -71,7 +72,7 @@ def _coco_file(reading, path):
         good, bad = reading.boxes(partial(_new_box, parse=parse, seen=seen), records, file, where, mended) if outcome is not None else ([], [])
         yield from bad
         if isinstance(outcome, Letter): yield replace(outcome, boxes=len(good))
-        elif where: yield _coco_sample(reading, file, im, outcome, good, where=where, bad=len(bad), parse=parse)
+        elif where: yield _coco_sample(reading, file, im, outcome, good, where=where, bad=len(bad), parse=parse, find=find)
 
 # %% ../notebooks/api/06_coco.ipynb #coco-lists
 class _Classes(dict):
@@ -177,8 +178,7 @@ class _Pictures:
 def _coco_sample(reading, file, im, picture, boxes, where, **more):
     own = im['split'] if isinstance(im.get('split'), str) else ''
     split = split_in(own) or split_in(file) or split_in(os.path.dirname(where))
-    return sample_of(picture, boxes, reading.name, file, im['id'], split, stated=tuple(im.get(k) for k in ('width', 'height')), where=where,
-                     find=lambda record: reading.find(record['picture'], reading.tree.root/file), **more)
+    return sample_of(picture, boxes, reading.name, file, im['id'], split, stated=(im.get('width'), im.get('height')), where=where, **more)
 
 # %% ../notebooks/api/06_coco.ipynb #write-coco
 def write_coco(

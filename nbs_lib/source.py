@@ -10,7 +10,7 @@ __all__ = ['PICTURES', 'need', 'numbers', 'is_name', 'bytes_of', 'text_of', 'is_
 import os, re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from .boxes import Boxes, Sample
 from .config import WrongCall
@@ -79,17 +79,12 @@ class Tree:
         if not self.root.is_dir(): raise WrongCall(f"{source}: there is no such folder to ingest")
         if not os.access(self.root, os.R_OK | os.X_OK): raise WrongCall(f"{source}: the folder may not be read; check its permissions")
         self.faults, self.escaping, self.unreadable = [], [], []  # what is told of folders and links; pictures that are links out of the source; other files
-        self.above, self.files, self.links = os.path.join(self.root, ''), [], set()
+        self.above, self.files, self.links, self.told = os.path.join(self.root, ''), [], set(), set()
         self.complete = True  # no link and nothing hidden was met: what is not among the files is not there
         self._walk()
-        self.files.sort(key=lambda p: p.parts)
+        self.files.sort(key=lambda f: str(f).split('/'))
         if not self.files + self.faults + self.unreadable:
             raise WrongCall(f"{source}: the folder is empty; put annotations and pictures there, or name another source")
-        self.by_name, self.by_stem, self.told = defaultdict(list), defaultdict(list), set()
-        for f in self.files: self.by_name[f.name.casefold()].append(f); self.by_stem[f.stem.casefold()].append(f)
-        self._suffixes, self.folders = [f.suffix.lower() for f in self.files], {f.parts[-2].casefold() for f in self.files}
-        self.plain = {str(f): f for f in (*self.unreadable, *self.files) if str(f) not in self.links}
-        self._all = {str(f).casefold(): f for f in (*self.unreadable, *self.files)}
 
     def _walk(self):
         folders = [self.root]
@@ -113,14 +108,30 @@ class Tree:
         elif not os.path.exists(path): self.faults.append(('unreadable_file', path, 'a link to what is not there'))
         elif os.path.isfile(path): self.links.add(str(path)); self._file(path)
 
+    def _by(self, key):
+        found = defaultdict(list)
+        for f in self.files: found[key(f).casefold()].append(f)
+        return found
+
+    @cached_property
+    def by_name(self): return self._by(lambda f: f.name)
+    @cached_property
+    def by_stem(self): return self._by(lambda f: f.stem)
+    @cached_property
+    def folders(self): return {f.parent.name.casefold() for f in self.files}
+    @cached_property
+    def plain(self): return {str(f): f for f in (*self.unreadable, *self.files) if str(f) not in self.links}  # files that are no links
+    @cached_property
+    def _called(self): return {str(f).casefold(): f for f in (*self.unreadable, *self.files)}
     def __contains__(self, path): return self.called(path) is not None
-    def called(self, path): return self._all.get(str(path).casefold())  # the file that is called so, in small letters or capitals
+    def called(self, path): return self._called.get(str(path).casefold())  # the file that is called so, in small letters or capitals
     def real(self, path): return self.plain.get(str(path)) or path.resolve()
     def holds(self, path): return Path(os.path.realpath(path)).is_relative_to(self.root)
-    def endswith(self, *suffixes): return [f for f, suffix in zip(self.files, self._suffixes) if suffix in suffixes]
+    def endswith(self, *suffixes): return [f for f in self.files if str(f).lower().endswith(suffixes)]
     def relative(self, path): return str(path)[len(self.above):] or '.'
 
 # %% ../notebooks/api/05_source.ipynb #split-in
+@lru_cache(1000)
 def split_in(
     name: str, # path or name
 ) -> str:      # train, val, test or None

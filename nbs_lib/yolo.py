@@ -59,8 +59,8 @@ def _parts(tree, lists):
         for key in ('train', 'val', 'validation', 'test'):
             entries, part = content.get(key) or [], split_in(key)
             for entry in entries if isinstance(entries, list) else [entries]:
-                for picture in _listed(tree, (base, file.parent), str(entry)): found.setdefault(picture, set()).add(part)
-    return {p: next(iter(parts)) if len(parts) == 1 else None for p, parts in found.items()}
+                for picture in _listed(tree, (base, file.parent), str(entry)): found[picture] = part if found.setdefault(picture, part) == part else None
+    return found
 
 def _listed(tree, bases, entry):
     "The pictures that one entry of a data.yaml means."
