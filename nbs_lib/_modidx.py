@@ -839,6 +839,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.stream._table': ('api/stream.html#_table', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.csv_header': ('api/stream.html#csv_header', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.csv_rows': ('api/stream.html#csv_rows', 'nbs_lib/stream.py'),
+                                'nbs_lib.stream.in_peace': ('api/stream.html#in_peace', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.json_rows': ('api/stream.html#json_rows', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.spool': ('api/stream.html#spool', 'nbs_lib/stream.py'),
                                 'nbs_lib.stream.stream_json': ('api/stream.html#stream_json', 'nbs_lib/stream.py')},
