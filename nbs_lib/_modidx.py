@@ -904,6 +904,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nbs_lib.voc.voc_xml': ('api/voc.html#voc_xml', 'nbs_lib/voc.py'),
                              'nbs_lib.voc.write_voc': ('api/voc.html#write_voc', 'nbs_lib/voc.py')},
             'nbs_lib.yolo': { 'nbs_lib.yolo._box': ('api/yolo.html#_box', 'nbs_lib/yolo.py'),
+                              'nbs_lib.yolo._boxes': ('api/yolo.html#_boxes', 'nbs_lib/yolo.py'),
+                              'nbs_lib.yolo._edges': ('api/yolo.html#_edges', 'nbs_lib/yolo.py'),
                               'nbs_lib.yolo._label_file': ('api/yolo.html#_label_file', 'nbs_lib/yolo.py'),
                               'nbs_lib.yolo._listed': ('api/yolo.html#_listed', 'nbs_lib/yolo.py'),
                               'nbs_lib.yolo._named': ('api/yolo.html#_named', 'nbs_lib/yolo.py'),
