@@ -18,7 +18,7 @@ from .boxes import Boxes, Sample, from_xywh, to_xywh
 from .config import WrongCall, read_json, replacing
 from .deadletter import Fault, Letter, Patches
 from .source import Reading, Tree, is_name, is_true, need, numbers, sample_of, split_in, unlabelled, unread
-from .stream import spool, stream_json
+from .stream import in_peace, spool, stream_json
 
 # %% ../notebooks/api/06_coco.ipynb #coco-files
 COMPANIONS = re.compile(r'(captions|person_keypoints|image_info|stuff|panoptic)_')
@@ -56,7 +56,8 @@ def read_coco(
 
 def _coco_file(reading, path):
     file = reading.tree.relative(path)
-    try: images, boxes, classes = _coco_lists(path)
+    try:
+        with in_peace(): images, boxes, classes = _coco_lists(path)
     except Fault as e: return (yield reading.letter(e.code, 'file', path, e.detail))
     for row, category, fault in classes.faults: yield reading.patches.decide(Letter(fault.code, 'file', reading.name, file, row, fault.detail, category))
     pictures, parse, seen, mended = _Pictures(reading, path, images), partial(_coco_box, classes=classes), set(), {}

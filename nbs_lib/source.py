@@ -89,8 +89,7 @@ class Tree:
     def _walk(self):
         folders = [self.root]
         while folders:
-            folder = folders.pop()
-            try: entries = [*os.scandir(folder)]
+            try: entries = [*os.scandir(folder := folders.pop())]
             except OSError as e: self.faults.append(('unreadable_file', folder, f'the folder may not be read: {e.strerror}')); continue
             for e in entries:
                 if e.is_dir(follow_symlinks=False) and not e.name.startswith('.'): folders.append(folder/e.name)
@@ -113,16 +112,12 @@ class Tree:
         for f in self.files: found[key(f).casefold()].append(f)
         return found
 
-    @cached_property
-    def by_name(self): return self._by(lambda f: f.name)
-    @cached_property
-    def by_stem(self): return self._by(lambda f: f.stem)
-    @cached_property
-    def folders(self): return {f.parent.name.casefold() for f in self.files}
-    @cached_property
-    def plain(self): return {str(f): f for f in (*self.unreadable, *self.files) if str(f) not in self.links}  # files that are no links
-    @cached_property
-    def _called(self): return {str(f).casefold(): f for f in (*self.unreadable, *self.files)}
+    by_name = cached_property(lambda self: self._by(lambda f: f.name))
+    by_stem = cached_property(lambda self: self._by(lambda f: f.stem))
+    folders = cached_property(lambda self: {f.parent.name.casefold() for f in self.files})
+    plain = cached_property(lambda self: {str(f): f for f in (*self.unreadable, *self.files) if str(f) not in self.links})  # by path; no links
+    _called = cached_property(lambda self: {str(f).casefold(): f for f in (*self.unreadable, *self.files)})
+
     def __contains__(self, path): return self.called(path) is not None
     def called(self, path): return self._called.get(str(path).casefold())  # the file that is called so, in small letters or capitals
     def real(self, path): return self.plain.get(str(path)) or path.resolve()

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from xml.etree.ElementTree import fromstring as parse_quickly
+from xml.etree.ElementTree import fromstring as parse_quickly  # where nothing is declared  # nosec B405
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import ParseError, fromstring as parse_safely
 from tqdm.auto import tqdm

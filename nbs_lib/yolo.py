@@ -97,7 +97,7 @@ def read_yolo(
         file, label = tree.relative(picture), label_of(tree, picture)
         split = parts[picture] if picture in parts else split_in(os.path.dirname(file))
         used.add(label)
-        if label: yield from _label_file(reading, picture, label, split, parse)
+        if label: yield from _label_file(reading, picture, label, split, classes, parse)
         else: yield unlabelled(reading, picture, background, 'there is no label file', split)
     for label in tree.endswith('.txt'):
         if label not in used and (lines := _orphan(label, tree)) is not None:
@@ -111,14 +111,22 @@ def _orphan(file, tree):
     return lines if looks or 'labels' in map(str.lower, tree.relative(file).split('/')[:-1]) else None
 
 # %% ../notebooks/api/08_yolo.ipynb #label-file
-def _label_file(reading, picture, label, split, parse):
+def _label_file(reading, picture, label, split, classes, parse):
     file, where = reading.tree.relative(label), reading.tree.relative(picture)
     rows = reading.attempt(lambda _: text_of(label).splitlines(), None, 'picture', file, picture=where)
     if not isinstance(rows, list): return (yield rows)
-    good, bad = reading.boxes(parse, [(n, line) for n, line in enumerate(rows, 1) if line.strip()], file, where)
+    lines = [(n, line) for n, line in enumerate(rows, 1) if line.strip()]
+    good, bad = (boxes, []) if (boxes := _boxes(lines, classes)) is not None else reading.boxes(parse, lines, file, where)
     yield from bad
     yield sample_of(picture, good, reading.name, file, None, split, relative=True, where=where, bad=len(bad), parse=parse,
                     find=lambda record: reading.find(record['picture'], label))
+
+def _boxes(lines, classes):
+    "What `Reading.boxes` makes of lines of five columns each; None where a line is something else."
+    try: return [((n, line, None), _edges(*edges), classes[c], False) for n, line in lines for c, *edges in [map(float, line.split())]]
+    except (ValueError, KeyError, TypeError): return None
+
+def _edges(x, y, w, h): return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 def _box(line, classes, posed):
     "(edges as shares, class name, crowd)"
@@ -126,9 +134,7 @@ def _box(line, classes, posed):
     if not columns: raise Fault('malformed_record', 'the line is empty')
     number, *rest = numbers(columns, len(columns))
     if (label := classes.get(number)) is None: raise Fault('unknown_class', f'class {columns[0]} is not in the list of {len(classes)}')
-    if len(rest) == 4 or posed and len(rest) > 4:
-        x, y, w, h = rest[:4]
-        return (x - w / 2, y - h / 2, x + w / 2, y + h / 2), label, False
+    if len(rest) == 4 or posed and len(rest) > 4: return _edges(*rest[:4]), label, False
     if len(rest) < 6 or len(rest) % 2: raise Fault('malformed_record', f'5 columns were expected, not {len(columns)}: class, centre x, centre y, width, height')
     corners = np.array(rest).reshape(-1, 2)
     return np.concatenate([corners.min(0), corners.max(0)]), label, False
