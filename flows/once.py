@@ -1,9 +1,11 @@
 """A flow run once, from the command line."""
-import sys
+import atexit, sys
+from contextlib import ExitStack
 
 from httpx import HTTPError
 from prefect.settings import PREFECT_API_URL
 
+from flows.reaper import leash
 from flows.server import check_server
 from nbs_lib.config import WrongCall
 
@@ -12,6 +14,7 @@ def once(flow, **given):
     "The state of a run that completed; of another one say why, and exit: with status 1, or 2 where a server is named and there is none."
     try:
         if url := PREFECT_API_URL.value(): check_server(url)
+        else: atexit.register(held_by_this_process())  # ends after what Prefect registers for the server that it brings
     except WrongCall as error:
         print(f"{flow.name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -21,3 +24,10 @@ def once(flow, **given):
         sys.exit(f"{flow.name}: the server that Prefect brings for a run did not start in time; on a busy machine name one that runs in PREFECT_API_URL")
     except HTTPError: sys.exit(f"{flow.name}: the Prefect server at {url} went away, and did not come back: run it again when it is there")
     return ended if ended.is_completed() else sys.exit(ended.message)
+
+
+def held_by_this_process():
+    "From now on whatever this process starts dies with it, Prefect's server too. What ends that, in good order."
+    stack = ExitStack()
+    stack.enter_context(leash())
+    return stack.close

@@ -50,7 +50,8 @@ def pool(kind, address, workers):
             try: tasks = stack.enter_context(RayTaskRunner(address or None, how))
             except Exception as error:
                 ray.shutdown()
-                if tries == 1: raise WrongCall(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
+                hint = "; a cluster that asks for a token wants RAY_AUTH_MODE=token, and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token" if address else ""
+                if tries == 1: raise WrongCall(f"Ray does not start: {' '.join(str(error).split())[:300]}{hint}") from error
             else: break
         if "GPU" in ray.cluster_resources(): stack.enter_context(remote_options(num_gpus=1))  # else Ray hides the cards from a task
         yield tasks

@@ -114,6 +114,12 @@ def file_digest(
     if not Path(path).is_file(): return None
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
+# %% ../notebooks/api/00_config.ipynb #yaml-dialect
+class _Loader(yaml.SafeLoader): "Reads as YAML 1.2 does what is a number there."
+class _Dumper(yaml.SafeDumper): "Writes so that `_Loader` reads the same."
+for _dialect in (_Loader, _Dumper):
+    _dialect.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$', re.ASCII), list('-+.0123456789'))
+
 # %% ../notebooks/api/00_config.ipynb #read-yaml
 def read_yaml(
     path: Path,  # file to read
@@ -128,7 +134,7 @@ def parse_yaml(
     where: str, # it stands, for the message
 ):              # what it holds
     "Read a text as YAML, safely. Raises `WrongCall` where it is not YAML."
-    try: return yaml.safe_load(text)
+    try: return yaml.load(text, _Loader)  # nosec B506: it is a SafeLoader
     except (yaml.YAMLError, RecursionError) as e: raise WrongCall(f"{where}: not YAML: {' '.join(str(e).split())}") from None
 
 def write_yaml(
@@ -136,7 +142,7 @@ def write_yaml(
     value,       # what it shall hold
 ) -> Path:       # the file
     "Write YAML, keys in the order given, whole or not at all."
-    with replacing(path) as tmp: tmp.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding='utf-8')
+    with replacing(path) as tmp: tmp.write_text(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding='utf-8')
     return Path(path)
 
 # %% ../notebooks/api/00_config.ipynb #coerce
@@ -147,18 +153,12 @@ def coerce(
 ):               # `value` as a `kind`
     "Bring a parameter to its type. Raises `WrongCall` where that would lose something."
     if isinstance(value, str) and kind is not str:
-        try: value = yaml.safe_load(value)
-        except yaml.YAMLError: pass
-    if isinstance(value, str) and kind is float: value = _number(value)
+        try: value = parse_yaml(value, key)
+        except WrongCall: pass
     if kind is float and type(value) is int: return float(value)
     if kind is str and type(value) in (int, float): return str(value)
     if type(value) is kind: return value
     raise WrongCall(f'{key} must be of type {kind.__name__}, not {value!r}')
-
-def _number(text):
-    "YAML 1.1 reads 1e-3 as text."
-    try: return float(text)
-    except ValueError: return text
 
 # %% ../notebooks/api/00_config.ipynb #injected
 def _injected(cells):

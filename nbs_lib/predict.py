@@ -96,12 +96,14 @@ def predict(
 def _detect(detector, pixels, shape, conf, iou, max_det):
     "Boxes on pictures that had one shape, (n, h, w, 3) as they were fitted."
     import torch
+    import torchvision  # noqa: F401 non_max_suppression uses it where somebody has imported it
     from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.ops import scale_boxes
     if detector.on_cpu: torch.set_num_threads(detector.threads)
     x = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
     with torch.inference_mode():
-        kept = non_max_suppression(_candidates(detector.net(x), conf), conf, iou, max_det=max_det)
+        kept = non_max_suppression(_candidates(detector.net(x), conf), conf, iou, max_det=max_det,
+                                   max_time_img=float('inf'))  # else it drops what it has no time for
         for found in kept: scale_boxes(x.shape[2:], found[:, :4], shape)
     names = np.array(detector.names, str)
     return [Boxes(f[:, :4], names[f[:, 5].astype(int)], f[:, 4]) for f in (found.numpy() for found in kept)]

@@ -65,19 +65,12 @@ def _same_run(made):
     params, stages = read_yaml(made.params), read_yaml(made.lock).get('stages', {}) if made.lock.is_file() else {}
     for name, stage in stages.items():
         for section, values in stage.get('params', {}).get(made.params.name, {}).items():
-            if _value(params.get(section)) != _value(values):
+            if params.get(section) != values:
                 raise WrongCall(f'{made.params}: the section {section} is not the one that the stage {name} ran with: `make run` brings them together')
         for out in stage.get('outs', ()):
             file = made.lock.parent/out['path']
             if file.is_file() and hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() != out.get('md5'):
                 raise WrongCall(f"{file} is not what the stage {name} wrote: `make run` makes it anew")
-
-def _value(v):
-    "A value of YAML, whose readers do not agree on whether 1e-06 is a number."
-    if isinstance(v, dict): return {k: _value(x) for k, x in v.items()}
-    if isinstance(v, list): return [_value(x) for x in v]
-    try: return float(v) if isinstance(v, str) else v
-    except ValueError: return v
 
 # %% ../notebooks/api/32_publish.ipynb #bundle
 def bundle_digest(

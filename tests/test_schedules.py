@@ -1,5 +1,5 @@
 "Schedules from a file: what is wrong in it is one line; one process serves them, survives its server, and leaves nothing when it is killed."
-import json, time
+import json, signal, time
 from contextlib import suppress
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -51,6 +51,15 @@ def test_what_is_wrong_in_the_file_is_one_line(tmp_path):
 def test_no_server_is_one_line(workspace):
     said = workspace.run("python", "-m", "flows.serve", env=dict(PREFECT_API_URL="http://127.0.0.1:9/api", PREFECT_HOME=str(workspace/"home")), status=2)
     assert said.startswith("serve: no Prefect server answers at http://127.0.0.1:9/api") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, *(pytest.param(s, marks=pytest.mark.flows) for s in (signal.SIGTERM, signal.SIGINT))])
+def test_the_server_of_one_run_ends_with_it(workspace, number):
+    run = workspace.start("python", "-m", "flows.drift", env=dict(PREFECT_HOME=str(workspace/"home")), start_new_session=True)
+    wait(lambda: any("uvicorn" in word for process in marked(workspace) for word in process.cmdline()))
+    run.send_signal(number)
+    run.communicate()
+    wait(lambda: not marked(workspace), 10)
 
 
 class Served:
