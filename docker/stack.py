@@ -1,5 +1,5 @@
 """The stack of containers: `python3 docker/stack.py up`, and as `make stack-up`. Needs Python and Docker with Compose, nothing of the workspace."""
-import argparse, json, os, secrets, shutil, socket, subprocess, sys, time
+import argparse, errno, json, os, secrets, shutil, socket, subprocess, sys, time
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +8,7 @@ ROOT, ENV = HERE.parent, HERE/"stack.env"
 SHARED = "data/raw", "data/incoming", "data/predictions"  # folders of this checkout that the worker sees, too
 PATIENCE = 300  # within which all must be healthy [s]
 PORTS = dict(JUPYTER_PORT=8888, MLFLOW_PORT=5000, PREFECT_PORT=4200, API_PORT=8000, REDIS_PORT=6379)
+OPEN = "MLFLOW_PORT", "PREFECT_PORT"  # on NBS_BIND; all others on loopback
 # database: which service keeps what where
 DATABASES, FOLDERS = ("mlflow", "prefect", "requests"), dict(artifacts=("mlflow", "/state"), remote=("jupyter", "/remote"))
 SECRETS = dict(POSTGRES_PASSWORD="", PREFECT_AUTH="nbs:", JUPYTER_TOKEN="", REDIS_PASSWORD="", NBS_SERVE_TOKEN="")  # name: what it begins with
@@ -98,14 +99,15 @@ def containers():
 
 
 def check_ports():
-    "Raises `Wrong` for a port that something else listens on."
-    there = containers()
+    "Raises `Wrong` for a port that something else listens on, or an address that this machine does not have."
+    there, bound = containers(), settings().get("NBS_BIND", "127.0.0.1")
     for name, port in PORTS.items():
         port = int(settings().get(name, port))
         with socket.socket() as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try: s.bind(("127.0.0.1", port))
-            except OSError:
+            try: s.bind((bound if name in OPEN else "127.0.0.1", port))
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL: raise Wrong(f"{bound} is no address of this machine: set NBS_BIND in docker/stack.env") from None
                 service = name.partition("_")[0].lower()
                 if there.get(service, {}).get("state") != "running": raise Wrong(f"port {port} is taken: set {name} in docker/stack.env") from None
 

@@ -1,5 +1,5 @@
 """The sections of params.yaml as parameters of a flow: Prefect's form shows each key with its type, its meaning and what params.yaml says."""
-import builtins, inspect, sys
+import builtins, inspect
 from contextlib import chdir
 
 from pydantic import ConfigDict, Field, create_model
@@ -11,7 +11,6 @@ from nbs_lib.config import COMMANDS, read_yaml
 
 def declared():
     "Key → (type, meaning) of each section, as the notebooks of the stages and the commands declare them."
-    sys.modules.setdefault("rfc3987_syntax", None)  # an optional import of jsonschema that takes three seconds
     import papermill
     with chdir(ROOT):
         cells = {name: papermill.inspect_notebook(path) for name, path in stage_notebooks().items()}

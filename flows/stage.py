@@ -46,8 +46,7 @@ def check_params(stages, under_dvc):
 
 def parameters(notebook, given):
     "The given parameters, typed as `papermill -p` does; refuses what papermill would only warn of or find out late."
-    # Optional imports of jsonschema and papermill that no notebook needs and that take longer than all others together.
-    sys.modules.update(rfc3987_syntax=None, pyarrow=None)
+    sys.modules["pyarrow"] = None  # an optional import of papermill that no notebook needs and that takes long
     for name in ("papermill", "traitlets"): logging.getLogger(name).setLevel(logging.CRITICAL)  # the runner tells what failed
     import papermill, papermill.cli
     from jupyter_client.kernelspec import KernelSpecManager

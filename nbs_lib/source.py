@@ -89,7 +89,7 @@ class Tree:
     def _walk(self):
         folders = [self.root]
         while folders:
-            try: entries = [*os.scandir(folder := folders.pop())]
+            try: entries = sorted(os.scandir(folder := folders.pop()), key=lambda e: e.name)
             except OSError as e: self.faults.append(('unreadable_file', folder, f'the folder may not be read: {e.strerror}')); continue
             for e in entries:
                 if e.is_dir(follow_symlinks=False) and not e.name.startswith('.'): folders.append(folder/e.name)

@@ -53,7 +53,7 @@ class Workspace:
         return workspace
 
     def start(self, *command, env={}, **kw):
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_")) and k != "PYTHONDONTWRITEBYTECODE"}
         clean |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(self.folder), **env}
         return subprocess.Popen(list(map(str, command)), cwd=self.folder, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
@@ -100,6 +100,14 @@ def _finished(tmp_path_factory):
 def finished(_finished, tmp_path):
     "The same after an undisturbed `dvc repro`; a copy of its own for each test, in a folder of the same name, which is the experiment's in MLflow."
     return _finished.copy(tmp_path/"finished/workspace")
+
+
+@pytest.fixture(scope="session")
+def _judged(_finished, tmp_path_factory):
+    "The same, published and judged: its model is the champion. To be copied, like `_finished`."
+    workspace = _finished.copy(tmp_path_factory.mktemp("judged")/"workspace")
+    for command in ("publish", "gate"): workspace.run("nbs", command)
+    return workspace
 
 
 # without these, Chromium looks for servers elsewhere

@@ -35,10 +35,9 @@ def report(workspace): return read_json(max((workspace/"data/runs").glob("*/drif
 
 
 @pytest.fixture(scope="module")
-def _scored(_finished, server, tmp_path_factory):
+def _scored(_judged, server, tmp_path_factory):
     "A workspace whose champion scored two batches."
-    workspace = _finished.copy(tmp_path_factory.mktemp("drift")/"workspace")
-    for command in ("publish", "gate"): workspace.run("nbs", command)
+    workspace = _judged.copy(tmp_path_factory.mktemp("drift")/"workspace")
     batch(workspace, "by day"); batch(workspace, "at night", dark); batch(workspace, "one by one", copies=1)
     for name in ("by day", "at night"): workspace.run("python", "-m", "flows.score", f"data/incoming/{name}", env=server.env)
     return workspace

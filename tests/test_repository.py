@@ -1,10 +1,10 @@
 "Every notebook of the library runs, the library is what the notebooks export, and the notebooks are clean."
-import filecmp, shutil, subprocess, sys
+import filecmp, json, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-from conftest import LEFT_OUT, ROOT
+from conftest import LEFT_OUT, ROOT, git
 
 NOTEBOOKS = sorted((ROOT/"notebooks").glob("api/*.ipynb"))
 BIN = Path(sys.executable).parent
@@ -26,3 +26,18 @@ def test_no_op(command, kept, tmp_path):
     same = lambda p: (ROOT/p).exists() and filecmp.cmp(copy/p, ROOT/p, shallow=False)
     changed = [str(p) for p in (p.relative_to(copy) for p in (copy/kept).rglob("*") if p.is_file()) if not same(p)]
     assert not changed, f"run `make export`: {changed}"
+
+
+def test_a_commit_takes_no_outputs(workspace):
+    "Of a notebook that another editor than the workspace's JupyterLab saved."
+    path = "notebooks/guides/10_quickstart.ipynb"
+    ran = json.loads((workspace/path).read_text())
+    for cell in ran["cells"]:
+        if cell["cell_type"] == "code":
+            cell.update(execution_count=1, outputs=[dict(output_type="stream", name="stdout", text=["42"])])
+            cell["metadata"]["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+    (workspace/path).write_text(json.dumps(ran))
+    git(workspace, "init", "--quiet")
+    git(workspace, "add", ".pre-commit-config.yaml", "settings.ini", path)
+    said = workspace.run("pre-commit", "run", "clean", status=1)
+    assert "files were modified by this hook" in said and (workspace/path).read_bytes() == (ROOT/path).read_bytes()

@@ -17,10 +17,9 @@ MONDAY = "data/incoming/monday"
 
 
 @pytest.fixture(scope="module")
-def _champion(_finished, tmp_path_factory):
+def _champion(_judged, tmp_path_factory):
     "A workspace with a champion, and with a batch of good and bad pictures."
-    workspace = _finished.copy(tmp_path_factory.mktemp("champion")/"workspace")
-    for command in ("publish", "gate"): workspace.run("nbs", command)
+    workspace = _judged.copy(tmp_path_factory.mktemp("champion")/"workspace")
     workspace.set(score=dict(conf=1e-6, max_det=5, shard=16, device="cpu"))
     write_scenes(workspace/"scenes", scenes=dict(test=80), side=64)
     shutil.copytree(workspace/"scenes/test", workspace/MONDAY)

@@ -63,10 +63,9 @@ def serving(workspace, *args, **env):
 
 
 @pytest.fixture(scope="module")
-def two(_finished, tmp_path_factory):
+def two(_judged, tmp_path_factory):
     "A workspace with two published versions, the first of which is champion."
-    workspace = _finished.copy(tmp_path_factory.mktemp("two")/"workspace")
-    for command in ("publish", "gate"): workspace.run("nbs", command)
+    workspace = _judged.copy(tmp_path_factory.mktemp("two")/"workspace")
     workspace.set(train=dict(seed=1))
     workspace.run("dvc", "repro")
     workspace.run("nbs", "publish")

@@ -205,6 +205,10 @@ def test_notebooks_in_jupyterlab(stack):
     url = f"http://127.0.0.1:{stack.ports['JUPYTER_PORT']}"
     with pytest.raises(OSError, match="403"): urlopen(f"{url}/api/contents")
     with pytest.raises(OSError, match="403"): urlopen(Request(f"{url}/api/contents", headers={"Authorization": "token wrong"}))
+    there = stack.inside("jupyter", "jupyter", "labextension", "list")
+    assert all(re.search(rf"{name} v\S+ enabled +OK", re.sub(r"\x1b\[\d+m", "", there)) for name in
+               ("@jupyterlab/git", "nbdime-jupyterlab", "@jupyter-server/resource-usage")), there
+    assert "rss" in json.load(urlopen(Request(f"{url}/api/metrics/v1", headers={"Authorization": f"token {stack.told['JUPYTER_TOKEN']}"})))
     from jupyter import Jupyter
     jupyter = object.__new__(Jupyter)
     jupyter.token, jupyter.address = stack.told["JUPYTER_TOKEN"], url.removeprefix("http://")
@@ -335,7 +339,7 @@ def test_two_machines(stack, tmp_path_factory):
 
 
 def test_bad_input_is_one_line(stack, tmp_path):
-    "No settings, a taken port, cards without NVIDIA's runtime, a uid that owns nothing."
+    "No settings, a taken port, an address of another machine, no engine, cards without NVIDIA's runtime, a uid that owns nothing."
     def last(*words):
         said = stack.stack(*words, status=1).splitlines()[-1]
         assert said.startswith("stack: "), said
@@ -350,6 +354,11 @@ def test_bad_input_is_one_line(stack, tmp_path):
         run("docker", "stop", stack.name("jupyter"))
         env.write_text(text + f"JUPYTER_PORT={s.getsockname()[1]}\n")
         assert "is taken: set JUPYTER_PORT" in last("up")
+    env.write_text(text + "NBS_BIND=192.0.2.77\n")
+    assert "192.0.2.77 is no address of this machine: set NBS_BIND" in last("up")
+    env.write_text(text)
+    no_engine = run(sys.executable, "docker/stack.py", "up", status=1, cwd=stack.folder, DOCKER_HOST="tcp://127.0.0.1:9")
+    assert no_engine.startswith("stack: no Docker Engine answers")
     env.write_text(text + "NBS_GPUS=0\n")
     assert "Docker has no NVIDIA runtime here" in last("up")
     env.write_text(text)
