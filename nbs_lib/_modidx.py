@@ -917,4 +917,4 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nbs_lib.yolo.link': ('api/yolo.html#link', 'nbs_lib/yolo.py'),
                               'nbs_lib.yolo.read_yolo': ('api/yolo.html#read_yolo', 'nbs_lib/yolo.py'),
                               'nbs_lib.yolo.write_yolo': ('api/yolo.html#write_yolo', 'nbs_lib/yolo.py'),
-                              'nbs_lib.yolo.yolo_label': ('api/yolo.html#yolo_label', 'nbs_lib/yolo.py')}}}
+                              'nbs_lib.yolo.yolo_labels': ('api/yolo.html#yolo_labels', 'nbs_lib/yolo.py')}}}

@@ -53,7 +53,7 @@ def from_yolo(
 
 def to_yolo(
     xyxy: np.ndarray,  # (n, 4) edges [pixels]
-    size: tuple,       # (width, height) of the picture [pixels]
+    size: tuple,       # (width, height) of the picture, or (n, 2) of a picture a box [pixels]
 ) -> np.ndarray:       # (n, 4) centre x, centre y, width, height, each in [0, 1]
     "Edges to the form of YOLO's label files (docs.ultralytics.com/datasets/detect)."
     return np.concatenate([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], axis=1) / np.tile(size, 2)

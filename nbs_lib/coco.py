@@ -7,6 +7,7 @@ __all__ = ['COMPANIONS', 'coco_files', 'read_coco', 'write_coco', 'load_coco']
 
 # %% ../notebooks/api/06_coco.ipynb #imports
 import json, os, re
+from array import array
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import replace
@@ -14,8 +15,8 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 import numpy as np
-from .boxes import Boxes, Sample, from_xywh, to_xywh
-from .config import WrongCall, read_json, replacing
+from .boxes import Boxes, Sample, from_xywh, join, to_xywh
+from .config import WrongCall, replacing
 from .deadletter import Fault, Letter, Patches
 from .source import Reading, Tree, is_name, is_true, need, numbers, sample_of, split_in, unlabelled, unread
 from .stream import in_peace, spool, stream_json
@@ -203,10 +204,13 @@ def _image(s, id):
     return dict(id=id, file_name=s.path.name, width=s.size[0], height=s.size[1], split=s.split, source=s.source, origin=s.file,
                 brightness=s.brightness, looks=s.looks, contrast=s.contrast)
 
-def _annotations(samples, number):
+def _annotations(samples, number, some=4096):
     id = count(1)
-    for image, s in enumerate(samples, 1):
-        for xywh, label, crowd in zip(to_xywh(s.boxes.xyxy).round(3).tolist(), s.boxes.label, s.boxes.is_crowd):
+    for start in range(0, len(samples), some):
+        every = join([s.boxes for s in samples[start:start + some]])
+        images = np.repeat(np.arange(start, start + some)[:len(samples) - start] + 1, [len(s.boxes) for s in samples[start:start + some]])
+        rows = zip(images.tolist(), to_xywh(every.xyxy).round(3).tolist(), every.label.tolist(), every.is_crowd.tolist())
+        for image, xywh, label, crowd in rows:
             yield dict(id=next(id), image_id=image, category_id=number[label], bbox=xywh, area=round(xywh[2] * xywh[3], 3), iscrowd=int(crowd))
 
 # %% ../notebooks/api/06_coco.ipynb #load-coco
@@ -215,16 +219,28 @@ def load_coco(
     images: Path,  # folder of its pictures
 ) -> tuple:        # (samples, class names, info)
     "Read the canonical form back. Raises `WrongCall` where there is no such file, or it is another's."
-    try: return _canonical(read_json(path), Path(images))
-    except (KeyError, TypeError, AttributeError): raise WrongCall(f"{path}: not a set that `nbs ingest` made") from None
+    try:
+        with in_peace(): return _canonical(stream_json(path), Path(images))
+    except Fault as e: raise WrongCall(f'{path}: {e.detail}') from None
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError): raise WrongCall(f"{path}: not a set that `nbs ingest` made") from None
 
-def _canonical(coco, images):
-    names, rows = {c['id']: c['name'] for c in coco['categories']}, defaultdict(list)
-    for a in coco['annotations']: rows[a['image_id']].append(a)
-    def sample(im):
-        mine = rows[im['id']]
-        xywh = np.array([a['bbox'] for a in mine], float).reshape(-1, 4)
-        boxes = Boxes(from_xywh(xywh), [names[a['category_id']] for a in mine], crowd=[a['iscrowd'] for a in mine])
-        return Sample(images/im['file_name'], boxes, (im['width'], im['height']), im['source'], im['origin'], im['id'], im['split'],
-                      im['brightness'], im['looks'], im.get('contrast'))  # sets of earlier versions have none
-    return [sample(im) for im in coco['images']], list(names.values()), coco['info']
+def _canonical(items, folder):
+    "Boxes are kept in arrays until all are known: a million of them as JSON would take a gigabyte."
+    names, pictures, told, same = {}, [], {}, {}
+    image, category, edges, crowd = array('q'), array('q'), array('d'), array('b')
+    for key, index, v in items:
+        if key == 'info': told[key] = v
+        elif index is None: continue
+        elif key == 'categories': names[v['id']] = v['name']
+        elif key == 'images':
+            source, part = (same.setdefault(v[k], v[k]) for k in ('source', 'split'))
+            pictures.append((v['id'], folder/v['file_name'], (v['width'], v['height']), source, v['origin'], part, v['brightness'], v['looks'],
+                             v.get('contrast')))  # sets of earlier versions have none
+        elif key == 'annotations':
+            image.append(v['image_id']); category.append(v['category_id']); edges.extend(v['bbox']); crowd.append(v['iscrowd'])
+    order = np.argsort(image, kind='stable')
+    xyxy, label, crowd = from_xywh(np.array(edges).reshape(-1, 4))[order], np.array([names[c] for c in category], str)[order], np.array(crowd, bool)[order]
+    first, last = (np.searchsorted(np.array(image)[order], [p[0] for p in pictures], side).tolist() for side in ('left', 'right'))
+    boxes = lambda a, b: Boxes(xyxy[a:b], label[a:b], crowd=crowd[a:b])
+    samples = [Sample(path, boxes(a, b), size, source, file, id, *rest) for a, b, (id, path, size, source, file, *rest) in zip(first, last, pictures)]
+    return samples, list(names.values()), told['info']
