@@ -1,5 +1,5 @@
 """The stack of containers: `python3 docker/stack.py up`, and as `make stack-up`. Needs Python and Docker with Compose, nothing of the workspace."""
-import argparse, errno, json, os, secrets, shutil, socket, subprocess, sys, time
+import argparse, errno, ipaddress, json, os, secrets, shutil, socket, subprocess, sys, time
 from functools import cache
 from pathlib import Path
 
@@ -100,12 +100,15 @@ def containers():
 
 def check_ports():
     "Raises `Wrong` for a port that something else listens on, or an address that this machine does not have."
-    there, bound = containers(), settings().get("NBS_BIND", "127.0.0.1")
+    there, bound = containers(), settings().get("NBS_BIND") or "127.0.0.1"
+    try: v6 = ipaddress.ip_address(bound.strip("[]")).version == 6
+    except ValueError: raise Wrong(f"NBS_BIND in docker/stack.env must be an address of this machine, not {bound!r}") from None
     for name, port in PORTS.items():
         port = int(settings().get(name, port))
-        with socket.socket() as s:
+        address = bound.strip("[]") if name in OPEN else "127.0.0.1"
+        with socket.socket(socket.AF_INET6 if v6 and name in OPEN else socket.AF_INET) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try: s.bind((bound if name in OPEN else "127.0.0.1", port))
+            try: s.bind((address, port))
             except OSError as error:
                 if error.errno == errno.EADDRNOTAVAIL: raise Wrong(f"{bound} is no address of this machine: set NBS_BIND in docker/stack.env") from None
                 service = name.partition("_")[0].lower()

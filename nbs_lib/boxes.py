@@ -87,10 +87,10 @@ def clip(
 
 # %% ../notebooks/api/01_boxes.ipynb #join
 def join(
-    sets: list, # of Boxes, at least one; with scores all of them or none
+    sets: list, # of Boxes, at least one; scores are kept where all of them have some
 ) -> Boxes:     # one after the other
     "Put the boxes of several sets together."
-    scores = None if sets[0].score is None else np.concatenate([b.score for b in sets])
+    scores = None if any(b.score is None for b in sets) else np.concatenate([b.score for b in sets])
     return Boxes(np.concatenate([b.xyxy for b in sets]), np.concatenate([b.label for b in sets]), scores, np.concatenate([b.is_crowd for b in sets]))
 
 # %% ../notebooks/api/01_boxes.ipynb #sample

@@ -207,10 +207,9 @@ def _image(s, id):
 def _annotations(samples, number, some=4096):
     id = count(1)
     for start in range(0, len(samples), some):
-        every = join([s.boxes for s in samples[start:start + some]])
-        images = np.repeat(np.arange(start, start + some)[:len(samples) - start] + 1, [len(s.boxes) for s in samples[start:start + some]])
-        rows = zip(images.tolist(), to_xywh(every.xyxy).round(3).tolist(), every.label.tolist(), every.is_crowd.tolist())
-        for image, xywh, label, crowd in rows:
+        sets = [s.boxes for s in samples[start:start + some]]
+        every, images = join(sets), np.repeat(np.arange(len(sets)) + start + 1, [len(b) for b in sets])
+        for image, xywh, label, crowd in zip(images.tolist(), to_xywh(every.xyxy).round(3).tolist(), every.label.tolist(), every.is_crowd.tolist()):
             yield dict(id=next(id), image_id=image, category_id=number[label], bbox=xywh, area=round(xywh[2] * xywh[3], 3), iscrowd=int(crowd))
 
 # %% ../notebooks/api/06_coco.ipynb #load-coco
@@ -219,6 +218,7 @@ def load_coco(
     images: Path,  # folder of its pictures
 ) -> tuple:        # (samples, class names, info)
     "Read the canonical form back. Raises `WrongCall` where there is no such file, or it is another's."
+    if not Path(path).is_file(): raise WrongCall(f'{path}: no such file')
     try:
         with in_peace(): return _canonical(stream_json(path), Path(images))
     except Fault as e: raise WrongCall(f'{path}: {e.detail}') from None
@@ -226,21 +226,24 @@ def load_coco(
 
 def _canonical(items, folder):
     "Boxes are kept in arrays until all are known: a million of them as JSON would take a gigabyte."
-    names, pictures, told, same = {}, [], {}, {}
+    names, pictures, told, same = {}, [], {}, {}  # `told`: what stands at the top, of a list that it is one
     image, category, edges, crowd = array('q'), array('q'), array('d'), array('b')
     for key, index, v in items:
-        if key == 'info': told[key] = v
-        elif index is None: continue
+        told[key] = v if index is None else []
+        if index is None: continue
         elif key == 'categories': names[v['id']] = v['name']
         elif key == 'images':
             source, part = (same.setdefault(v[k], v[k]) for k in ('source', 'split'))
             pictures.append((v['id'], folder/v['file_name'], (v['width'], v['height']), source, v['origin'], part, v['brightness'], v['looks'],
                              v.get('contrast')))  # sets of earlier versions have none
         elif key == 'annotations':
-            image.append(v['image_id']); category.append(v['category_id']); edges.extend(v['bbox']); crowd.append(v['iscrowd'])
+            x, y, w, h = v['bbox']
+            image.append(v['image_id']); category.append(v['category_id']); edges.extend((x, y, w, h)); crowd.append(v['iscrowd'])
     order = np.argsort(image, kind='stable')
-    xyxy, label, crowd = from_xywh(np.array(edges).reshape(-1, 4))[order], np.array([names[c] for c in category], str)[order], np.array(crowd, bool)[order]
-    first, last = (np.searchsorted(np.array(image)[order], [p[0] for p in pictures], side).tolist() for side in ('left', 'right'))
+    image, category, crowd = (np.asarray(of)[order] for of in (image, category, crowd))
+    xyxy, label = from_xywh(np.asarray(edges).reshape(-1, 4)[order]), np.array([names[c] for c in category.tolist()], str)
+    first, last = (np.searchsorted(image, [p[0] for p in pictures], side).tolist() for side in ('left', 'right'))
     boxes = lambda a, b: Boxes(xyxy[a:b], label[a:b], crowd=crowd[a:b])
     samples = [Sample(path, boxes(a, b), size, source, file, id, *rest) for a, b, (id, path, size, source, file, *rest) in zip(first, last, pictures)]
+    if [told[k] for k in ('categories', 'images', 'annotations')] != [[]] * 3: raise TypeError('a list was expected')
     return samples, list(names.values()), told['info']

@@ -122,19 +122,23 @@ for _dialect in (_Loader, _Dumper):
 
 # %% ../notebooks/api/00_config.ipynb #read-yaml
 def read_yaml(
-    path: Path,  # file to read
-):               # what it holds
+    path: Path,              # file to read
+    *,
+    as_text: bool = False,   # leave numbers, yes and no as they are written
+):                           # what it holds
     "Read YAML safely. Raises `WrongCall` where there is no such file or it is not YAML."
-    try: return parse_yaml(Path(path).read_text(encoding='utf-8-sig'), path)
+    try: return parse_yaml(Path(path).read_text(encoding='utf-8-sig'), path, as_text=as_text)
     except OSError as e: raise WrongCall(f"{path}: {e.strerror.lower()}") from None
     except UnicodeDecodeError as e: raise WrongCall(f"{path}: not YAML: {e}") from None
 
 def parse_yaml(
     text: str,  # YAML
     where: str, # it stands, for the message
+    *,
+    as_text: bool = False,  # as for `read_yaml`
 ):              # what it holds
     "Read a text as YAML, safely. Raises `WrongCall` where it is not YAML."
-    try: return yaml.load(text, _Loader)  # nosec B506: it is a SafeLoader
+    try: return yaml.load(text, yaml.BaseLoader if as_text else _Loader)  # nosec B506: neither makes objects
     except (yaml.YAMLError, RecursionError) as e: raise WrongCall(f"{where}: not YAML: {' '.join(str(e).split())}") from None
 
 def write_yaml(

@@ -82,14 +82,14 @@ class Tree:
         self.above, self.files, self.links, self.told = os.path.join(self.root, ''), [], set(), set()
         self.complete = True  # no link and nothing hidden was met: what is not among the files is not there
         self._walk()
-        self.files.sort(key=lambda f: str(f).split('/'))
+        for found in (self.files, self.escaping, self.unreadable, self.faults): found.sort(key=lambda f: str(f[1] if found is self.faults else f).split('/'))
         if not self.files + self.faults + self.unreadable:
             raise WrongCall(f"{source}: the folder is empty; put annotations and pictures there, or name another source")
 
     def _walk(self):
         folders = [self.root]
         while folders:
-            try: entries = sorted(os.scandir(folder := folders.pop()), key=lambda e: e.name)
+            try: entries = [*os.scandir(folder := folders.pop())]
             except OSError as e: self.faults.append(('unreadable_file', folder, f'the folder may not be read: {e.strerror}')); continue
             for e in entries:
                 if e.is_dir(follow_symlinks=False) and not e.name.startswith('.'): folders.append(folder/e.name)

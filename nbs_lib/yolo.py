@@ -33,7 +33,7 @@ def class_lists(
 
 def _names_in(file):
     "Class names by number; empty where the file is broken, None where it is about something else."
-    try: content = read_yaml(file) if file.suffix.lower() in ('.yaml', '.yml') else {'names': file.read_text(encoding='utf-8-sig').splitlines()}
+    try: content = read_yaml(file, as_text=True) if file.suffix.lower() in ('.yaml', '.yml') else {'names': file.read_text(encoding='utf-8-sig').splitlines()}
     except (WrongCall, OSError, ValueError): return {}
     if not isinstance(content, dict) or 'names' not in content: return None
     names = content['names']
@@ -156,24 +156,25 @@ def write_yolo(
     out: Path,    # folder to fill: images/ and labels/{part}, data.yaml
     parts: dict,  # part (train, val, test) → list of Sample, with sizes
     names: list,  # class names; their order gives the class numbers
-    put=None,     # how a picture comes there, called with (source, target); None: `link`
+    put=None,     # how a picture comes there, called with (source, target as text); None: `link`
+    some: int = 1024,  # pictures that a thread takes at a time
 ):
     "Write the tree that ultralytics trains from. Threads share the work, most of which is the file system's."
     def write(part, samples):
         for s, label in zip(samples, yolo_labels(samples, names)):
             (put or link)(s.path, f'{out}/images/{part}/{s.path.name}')
-            with open(f'{out}/labels/{part}/{s.path.stem}.txt', 'wb', 0) as f: f.write(label.encode())
+            with open(f'{out}/labels/{part}/{s.path.stem}.txt', 'wb') as f: f.write(label.encode())
         return len(samples)
     with ThreadPoolExecutor(cores()) as pool:
         for part, samples in parts.items():
             for kind in ('images', 'labels'): (out/kind/part).mkdir(parents=True)
             with tqdm(total=len(samples), desc=part, delay=2) as bar:
-                for n in pool.map(partial(write, part), (samples[i:i + 1024] for i in range(0, len(samples), 1024))): bar.update(n)
+                for n in pool.map(partial(write, part), (samples[i:i + some] for i in range(0, len(samples), some))): bar.update(n)
     write_yaml(out/'data.yaml', {**{p: f'images/{p}' for p in parts}, 'names': dict(enumerate(names))})
 
 def link(
     source: Path,  # file
-    target: Path,  # its new name
+    target: str,   # its new name
 ):
     "A hard link, or a copy where the file system has none."
     try: os.link(source, target)
