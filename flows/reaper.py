@@ -4,6 +4,7 @@ Its standard input is a pipe that only the runner can write to: when the pipe en
 """
 import os, secrets, select, subprocess, sys, time
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 
 import psutil
 
@@ -29,6 +30,7 @@ def marks(token: str  # of this runner
 def leash(*parents: int  # pids of processes that this one shall not outlive
          ):
     "Whatever is started inside dies with this process, and this process with its parents."
+    resource_tracker.ensure_running()  # started inside it would be ended under multiprocessing's hands; it ends by itself when this process does
     before, token = dict(os.environ), secrets.token_hex(8)
     with start_reaper(token, *parents):
         os.environ.update(marks(token))
