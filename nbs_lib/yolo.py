@@ -157,7 +157,6 @@ def write_yolo(
     parts: dict,  # part (train, val, test) → list of Sample, with sizes
     names: list,  # class names; their order gives the class numbers
     put=None,     # how a picture comes there, called with (source, target as text); None: `link`
-    some: int = 1024,  # pictures that a thread takes at a time
 ):
     "Write the tree that ultralytics trains from. Threads share the work, most of which is the file system's."
     def write(part, samples):
@@ -169,7 +168,7 @@ def write_yolo(
         for part, samples in parts.items():
             for kind in ('images', 'labels'): (out/kind/part).mkdir(parents=True)
             with tqdm(total=len(samples), desc=part, delay=2) as bar:
-                for n in pool.map(partial(write, part), (samples[i:i + some] for i in range(0, len(samples), some))): bar.update(n)
+                for n in pool.map(partial(write, part), (samples[i:i + 1024] for i in range(0, len(samples), 1024))): bar.update(n)
     write_yaml(out/'data.yaml', {**{p: f'images/{p}' for p in parts}, 'names': dict(enumerate(names))})
 
 def link(
