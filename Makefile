@@ -40,8 +40,7 @@ run: install  ## pictures in, judged detector out, champion where it is better
 	@$(if $(NBS_ENV),nbs params --apply)
 	@python -m flows.preflight
 	@dvc repro
-	@nbs publish
-	@nbs gate || [ $$? = 3 ]  # refused is an answer too
+	@nbs publish --gate || [ $$? = 3 ]  # refused is an answer too
 	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters, every run: make mlflow"
 	@dvc metrics show data/reports/evaluate.json
 

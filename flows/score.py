@@ -31,7 +31,7 @@ def planned(bundle, source, values):
     "What is to be done for a batch. Raises `WrongCall` for one that is empty or gone."
     name = batch_name(source, ROOT, DATA/"incoming")
     p = params("score", path=ROOT/"params.yaml", **{**values, "pictures": source})
-    return plan(bundle, DATA/"predictions"/name, DATA/"cache/score"/name, ROOT, **p)
+    return plan(bundle, DATA/"predictions"/name, DATA/"cache/score"/name, DATA/"cache/runtimes", ROOT, **p)
 
 
 def batches(pictures, batch):

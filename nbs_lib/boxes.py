@@ -83,7 +83,7 @@ def clip(
     size: tuple,       # (width, height) of the picture [pixels]
 ) -> np.ndarray:       # (n, 4) edges inside the picture [pixels]
     "Cut boxes at the picture's border."
-    return np.clip(xyxy, 0, np.tile(size, 2))
+    return np.clip(xyxy, 0, (*size, *size))
 
 # %% ../notebooks/api/01_boxes.ipynb #join
 def join(

@@ -48,13 +48,15 @@ def _made():
 def publish(
     model: Model = None,
     as_json: Json = False,
+    judged: Annotated[bool, typer.Option('--gate', help='Judge the version, too: `nbs gate` on it, and its status.')] = False,
 ):
     "Give the run in MLflow its evaluation, reports and notebooks, and register its model; again does nothing."
     from nbs_lib.publish import publish
     done = publish(tracking_uri(workspace()/'data/mlflow'), experiment_name(), _made(), **section_of('publish', model=model))
-    if as_json: return print(json.dumps(done))
-    print(f"{'published' if done['changed'] else 'published before'}: run {done['name']}{', made from files' * done['made']}; "
-          f"version {done['version']}{', new' * done['registered']}")
+    print(json.dumps(done) if as_json else
+          f"{'published' if done['changed'] else 'published before'}: run {done['name']}{', made from files' * done['made']}; "
+          f"version {done['version']}{', new' * done['registered']}", flush=True)
+    if judged: gate(str(done['version']), model, as_json)
 
 def _candidate(client, name):
     "The version of the workspace's model."

@@ -140,15 +140,16 @@ def decode_file(
 def impression(
     image: Image.Image,  # upright, RGB
 ) -> tuple:              # (mean luminance in [0, 255], 16 hex digits, standard deviation of the luminance in [0, 127.5])
-    "Brightness, a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash), and contrast."
-    grey = image.convert('L')
+    """Brightness, a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash), and contrast, of every so many pixels of a picture with more than 511
+    rows or columns."""
+    grey = image.resize([side // max(1, side // 256) for side in image.size], Image.Resampling.NEAREST).convert('L')
     cells = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), int)
     bits = (cells[:, 1:] > cells[:, :-1]).ravel()
     return round(float(cells.mean()), 1), np.packbits(bits).tobytes().hex(), _deviation(grey.histogram())
 
 def _deviation(count):
     "Of luminances of which so many pixels have each; in whole numbers until the last step."
-    n, total, squares = (sum(c * v**k for v, c in enumerate(count)) for k in range(3))
+    n, total, squares = (int(np.arange(256)**k @ count) for k in range(3))
     return round((n * squares - total**2)**.5 / n, 1)
 
 # %% ../notebooks/api/02_images.ipynb #rules

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from .boxes import Boxes, Sample
-from .config import WrongCall, digest, file_digest, read_json, replacing, write_json
+from .config import WrongCall, digest, file_digest, nearest, read_json, replacing, write_json
 from .deadletter import Letter, Letters, write_letters
-from .predict import load, predict
+from .predict import predict
+from .runtimes import RUNTIMES, load_for
 from .draw import as_png, show_boxes
 from .images import Refused, decode_file, impression, rules
 from .source import PICTURES
@@ -92,19 +93,20 @@ class Job:
     bundle: Path    # absolute folder of the model
     model: str      # hash of its weights
     cache: Path     # absolute folder of the shards
-    settings: dict  # device, batch, conf, iou, max_det
+    exports: Path   # absolute folder of the models made for other runtimes
+    settings: dict  # device, runtime, batch, conf, iou, max_det
     draw: bool      # pictures with their boxes, too
 
 @lru_cache(maxsize=1)
-def _detector(bundle, device, model):
+def _detector(bundle, exports, model, runtime, device):
     "The model, loaded once in a process."
     if read_json(bundle/'model.json')['tensors'] != model: raise WrongCall(f'{bundle}: the model was replaced while it scored; run it again')
-    return load(bundle, device, threads=1)
+    return load_for(runtime, bundle, exports, device, threads=1)
 
 def _found(job, names):
     "(name, Boxes or Refused, what else is known) of each picture."
-    device, batch, limits = job.settings['device'], job.settings['batch'], {k: job.settings[k] for k in ('conf', 'iou', 'max_det')}
-    detector = _detector(job.bundle, device, job.model)
+    batch, limits = job.settings['batch'], {k: job.settings[k] for k in ('conf', 'iou', 'max_det')}
+    detector = _detector(job.bundle, job.exports, job.model, job.settings['runtime'], job.settings['device'])
     batch, some = (1, 1) if detector.on_cpu else (batch, 8 * batch)
     for i in range(0, len(names), some):
         pictures = [_picture(job.root/name) for name in names[i:i + some]]
@@ -200,23 +202,25 @@ def plan(
     bundle: Path,  # folder of the model
     out: Path,     # folder for the results of this batch
     cache: Path,   # folder for its shards
+    exports: Path, # folder for the model as another runtime takes it, of all batches
     home: Path,    # what `pictures` is relative to
     *,
     pictures: str,  # as for `find_pictures`
     shard: int,     # pictures a shard
     draw: bool,     # pictures with their boxes, too
-    **settings,     # device, batch, conf, iou, max_det: as for `load` and `predict`
+    **settings,     # device, runtime, batch, conf, iou, max_det: as for `load_for` and `predict`
 ) -> Plan:
     "What is to be done. Raises what `find_pictures` raises, and `WrongCall` for no model, a wrong setting, or results of another batch in `out`."
     found, about = find_pictures(pictures, home), _about(Path(bundle))
     for k, v in (settings | dict(shard=shard)).items():
         if k in ('shard', 'batch', 'max_det') and v < 1 or k in ('conf', 'iou') and not 0 <= v <= 1: raise WrongCall(f'score.{k} cannot be {v}')
+    if (runtime := settings['runtime']) not in RUNTIMES: raise WrongCall(f'score.runtime cannot be {runtime!r}.{nearest(runtime, RUNTIMES)}')
     if (report := Path(out)/'report.json').exists() and (other := read_json(report)['source']) != found.source:
         raise WrongCall(f'{out} holds what was found in {other}, not in {found.source}: rename one of the two, or move the results away')
     stamps = [(name, _stamp(found.root/name)) for name in found.names]
     there, how = [(name, stamp) for name, stamp in stamps if stamp], _how(about['model'], settings)
     pieces = [there[i:i + shard] for i in range(0, len(there), shard)]
-    job = Job(found.root, found.source, Path(bundle).absolute(), about['model'], Path(cache).absolute(), settings, draw)
+    job = Job(found.root, found.source, Path(bundle).absolute(), about['model'], Path(cache).absolute(), Path(exports).absolute(), settings, draw)
     about = dict(source=found.source, root=_seen_from(home, found.root), **about, settings={k: settings[k] for k in ('conf', 'iou', 'max_det')})
     return Plan(job, [(digest(how, piece), [name for name, _ in piece]) for piece in pieces], [n for n, s in stamps if not s], Path(out), about)
 
@@ -232,8 +236,8 @@ def _stamp(path):
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 def _how(model, settings):
-    code = [inspect.getsource(f) for f in (inspect.getmodule(predict), _found, _looks, _table, score_shard)]
-    return digest(model, settings, rules(), code, [version(p) for p in ('torch', 'ultralytics', 'pyarrow')])
+    code = [inspect.getsource(f) for f in (inspect.getmodule(predict), inspect.getmodule(load_for), _found, _looks, _table, score_shard)]
+    return digest(model, settings, rules(), code, [version(p) for p in ('torch', 'ultralytics', 'pyarrow', RUNTIMES[settings['runtime']])])
 
 # %% ../notebooks/api/31_score.ipynb #run-plan
 def run_plan(
@@ -315,11 +319,13 @@ def score(
     bundle: Path,  # folder of the model
     out: Path,     # folder for the results of this batch
     cache: Path,   # folder for its shards
+    exports: Path, # folder for the model as another runtime takes it, of all batches
     home: Path,    # what `pictures` is relative to
     each=map,      # as for `run_plan`
     *,
     pictures: str,  # folder, text file with a path a line, or glob
     device: str,    # auto, cpu, 0
+    runtime: str,   # of RUNTIMES, where a CPU predicts
     batch: int,     # pictures at a time on a card; on a CPU each is predicted alone
     conf: float,    # least score of a box, in [0, 1]
     iou: float,     # of two boxes that overlap more than this, the lower one is dropped, in [0, 1]
@@ -328,5 +334,6 @@ def score(
     draw: bool,     # pictures with their boxes, too
 ) -> dict:          # as of `run_plan`
     "Score a batch; nothing is done where it was done before. Raises what `plan` and `run_plan` raise."
-    planned = plan(bundle, out, cache, home, pictures=pictures, device=device, batch=batch, conf=conf, iou=iou, max_det=max_det, shard=shard, draw=draw)
+    planned = plan(bundle, out, cache, exports, home, pictures=pictures, shard=shard, draw=draw, device=device, runtime=runtime, batch=batch,
+                   conf=conf, iou=iou, max_det=max_det)
     return read_json(planned.out/RESULTS[2]) if planned.done else run_plan(planned, each)

@@ -106,7 +106,7 @@ def finished(_finished, tmp_path):
 def _judged(_finished, tmp_path_factory):
     "The same, published and judged: its model is the champion. To be copied, like `_finished`."
     workspace = _finished.copy(tmp_path_factory.mktemp("judged")/"workspace")
-    for command in ("publish", "gate"): workspace.run("nbs", command)
+    workspace.run("nbs", "publish", "--gate")
     return workspace
 
 

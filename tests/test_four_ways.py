@@ -1,12 +1,9 @@
-"Four ways to run the stages give one result: `dvc repro`, the runner, plain papermill, and cell by cell in a Jupyter server."
+"""Four ways to run the stages give one result: `dvc repro`, plain papermill, cell by cell in a Jupyter server; the fourth is the scheduled flow, in
+test_retrain and test_schedules."""
 import pytest
 
 from jupyter import Jupyter
 from test_pipeline import STAGES
-
-
-def by_runner(workspace):
-    for stage in STAGES: workspace.run("python", "-m", "flows.stage", stage[3:])
 
 
 def by_papermill(workspace):
@@ -27,7 +24,7 @@ def by_jupyter(workspace):
     assert before == {stage: (workspace/f"notebooks/stages/{stage}.ipynb").read_bytes() for stage in STAGES}, "saving changed nothing"
 
 
-@pytest.mark.parametrize("way", [by_runner, by_papermill, by_jupyter])
+@pytest.mark.parametrize("way", [by_papermill, by_jupyter])
 def test_one_result(workspace, finished, way):
     "Byte-equal data, splits, reports and weights, compared with an undisturbed `dvc repro`."
     way(workspace)

@@ -2,6 +2,7 @@
 import json, re, shutil, time
 from datetime import UTC, datetime
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -86,6 +87,19 @@ def test_the_same_on_one_process_and_on_ray(champion, scored, server):
         assert "by version 1" in score(champion, server, MONDAY, *words)
         assert results(champion) == results(scored), words
     assert not marked(champion)
+
+
+@pytest.mark.flows
+def test_another_runtime_finds_the_same(champion, scored, server):
+    champion.set(score=dict(runtime="onnx"))
+    made = []
+    for workers in (2, 1):
+        shutil.rmtree(champion/"data/cache/score", ignore_errors=True)
+        score(champion, server, MONDAY, "--workers", workers)
+        made.append(results(champion))
+    assert made[0] == made[1] and len([*(champion/"data/cache/runtimes").glob("*/best.onnx")]) == 1
+    ours, theirs = (pq.read_table(w/"data/predictions/monday/predictions.parquet").to_pandas() for w in (champion, scored))
+    assert ours.picture.equals(theirs.picture) and np.allclose(ours.score, theirs.score, rtol=.01, atol=0)
 
 
 @pytest.mark.flows
