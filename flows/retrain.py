@@ -33,7 +33,9 @@ def follow(command, *fine):
 @step("pull", retries=3, retry_delay_seconds=[1, 5, 15])
 def pull(refetch, far):
     "What others have pushed, where there is a remote, and what has changed at the address that the stage fetch reads."
-    if far: follow(Command("dvc", "pull", "--allow-missing"))
+    if far:
+        follow(Command("dvc", "pull", "--allow-missing", "--force", "dvc.yaml"))  # over what a killed run wrote and did not save
+        follow(Command("dvc", "pull", "--allow-missing"))
     if refetch: follow(Command("dvc", "repro", "--force", "--single-item", "fetch"))
 
 

@@ -53,10 +53,10 @@ def publish(
     "Give the run in MLflow its evaluation, reports and notebooks, and register its model; again does nothing."
     from nbs_lib.publish import publish
     done = publish(tracking_uri(workspace()/'data/mlflow'), experiment_name(), _made(), **section_of('publish', model=model))
-    print(json.dumps(done) if as_json else
-          f"{'published' if done['changed'] else 'published before'}: run {done['name']}{', made from files' * done['made']}; "
-          f"version {done['version']}{', new' * done['registered']}", flush=True)
-    if judged: gate(str(done['version']), model, as_json)
+    if not as_json: print(f"{'published' if done['changed'] else 'published before'}: run {done['name']}{', made from files' * done['made']}; "
+                          f"version {done['version']}{', new' * done['registered']}", flush=True)
+    if not judged: return print(json.dumps(done)) if as_json else None
+    _tell(kept := _judged(str(done['version']), model), done | dict(gate=kept), as_json)
 
 def _candidate(client, name):
     "The version of the workspace's model."
@@ -65,6 +65,17 @@ def _candidate(client, name):
     if found := [v for v in versions(client, name) if v.tags.get('nbs.model') == tensors]: return found[-1].version
     raise WrongCall(f'the model in data/models is no version of {name!r} yet: `nbs publish` registers it')
 
+def _judged(version, model):
+    from nbs_lib.gate import gate
+    client, name = _registry(model)
+    data, version = workspace()/'data', version or _candidate(client, name)
+    with redirect_stdout(sys.stderr):
+        return gate(client.tracking_uri, name, version, data/'processed', section_of('evaluate'), data/'cache/gate', _who(), **section_of('gate'))
+
+def _tell(kept, all, as_json):
+    print(json.dumps(all, ensure_ascii=False) if as_json else f"version {kept['version']} {kept['text']}")
+    raise typer.Exit(0 if kept['promoted'] else 3)  # 1 is what a program that breaks down ends with
+
 @models_app.command()
 def gate(
     version: Annotated[str, typer.Argument(help='Number of the version, or an alias.', show_default='that of data/models')] = None,
@@ -72,13 +83,7 @@ def gate(
     as_json: Json = False,
 ):
     "Judge a version beside the champion on the same pictures, and promote it where it passes. Status 3: refused."
-    from nbs_lib.gate import gate
-    client, name = _registry(model)
-    data, version = workspace()/'data', version or _candidate(client, name)
-    with redirect_stdout(sys.stderr):
-        kept = gate(client.tracking_uri, name, version, data/'processed', section_of('evaluate'), data/'cache/gate', _who(), **section_of('gate'))
-    print(json.dumps(kept, ensure_ascii=False) if as_json else f"version {kept['version']} {kept['text']}")
-    raise typer.Exit(0 if kept['promoted'] else 3)  # 1 is what a program that breaks down ends with
+    _tell(kept := _judged(version, model), kept, as_json)
 
 # %% ../notebooks/api/38_cli_models.ipynb #promote
 @models_app.command()

@@ -9,6 +9,7 @@ __all__ = ['FLIPS', 'FORMATS', 'KEPT', 'Refused', 'Picture', 'turn_boxes', 'deco
 # %% ../notebooks/api/02_images.ipynb #imports
 import hashlib, inspect, io, stat
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 import numpy as np
 import PIL
@@ -140,12 +141,15 @@ def decode_file(
 def impression(
     image: Image.Image,  # upright, RGB
 ) -> tuple:              # (mean luminance in [0, 255], 16 hex digits, standard deviation of the luminance in [0, 127.5])
-    """Brightness, a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash), and contrast, of every so many pixels of a picture with more than 511
-    rows or columns."""
-    grey = image.resize([side // max(1, side // 256) for side in image.size], Image.Resampling.NEAREST).convert('L')
+    "Brightness, a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash), and contrast."
+    grey = image.resize([_some(side) for side in image.size], Image.Resampling.NEAREST).convert('L')
     cells = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), int)
     bits = (cells[:, 1:] > cells[:, :-1]).ravel()
     return round(float(cells.mean()), 1), np.packbits(bits).tobytes().hex(), _deviation(grey.histogram())
+
+def _some(side):
+    "So many of the rows or columns are looked at."
+    return side if side < 512 else next(n for n in range(256, 0, -1) if gcd(n, side) == 1)
 
 def _deviation(count):
     "Of luminances of which so many pixels have each; in whole numbers until the last step."
@@ -157,5 +161,5 @@ def rules(
     **limits,  # as for `decode`
 ) -> str:      # 16 hex digits
     "A name for the rules by which `decode` judges with these limits."
-    code = [inspect.getsource(f) for f in (decode, impression, _deviation, _rgb, _as_it_came, _png, _unknown)]
+    code = [inspect.getsource(f) for f in (decode, impression, _some, _deviation, _rgb, _as_it_came, _png, _unknown)]
     return content_hash(repr([code, FORMATS, KEPT, FLIPS, PIL.__version__, sorted(limits.items())]).encode())

@@ -22,7 +22,7 @@ from .boxes import Boxes, Sample
 from .config import WrongCall, digest, file_digest, nearest, read_json, replacing, write_json
 from .deadletter import Letter, Letters, write_letters
 from .predict import predict
-from .runtimes import RUNTIMES, load_for
+from .runtimes import RUNTIMES, load_for, runtime_key
 from .draw import as_png, show_boxes
 from .images import Refused, decode_file, impression, rules
 from .source import PICTURES
@@ -218,7 +218,7 @@ def plan(
     if (report := Path(out)/'report.json').exists() and (other := read_json(report)['source']) != found.source:
         raise WrongCall(f'{out} holds what was found in {other}, not in {found.source}: rename one of the two, or move the results away')
     stamps = [(name, _stamp(found.root/name)) for name in found.names]
-    there, how = [(name, stamp) for name, stamp in stamps if stamp], _how(about['model'], settings)
+    there, how = [(name, stamp) for name, stamp in stamps if stamp], _how(bundle, settings)
     pieces = [there[i:i + shard] for i in range(0, len(there), shard)]
     job = Job(found.root, found.source, Path(bundle).absolute(), about['model'], Path(cache).absolute(), Path(exports).absolute(), settings, draw)
     about = dict(source=found.source, root=_seen_from(home, found.root), **about, settings={k: settings[k] for k in ('conf', 'iou', 'max_det')})
@@ -235,9 +235,9 @@ def _stamp(path):
     except OSError: return None
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
-def _how(model, settings):
-    code = [inspect.getsource(f) for f in (inspect.getmodule(predict), inspect.getmodule(load_for), _found, _looks, _table, score_shard)]
-    return digest(model, settings, rules(), code, [version(p) for p in ('torch', 'ultralytics', 'pyarrow', RUNTIMES[settings['runtime']])])
+def _how(bundle, settings):
+    code = [inspect.getsource(f) for f in (inspect.getmodule(predict), _found, _looks, _table, score_shard)]
+    return digest(runtime_key(settings['runtime'], bundle), settings, rules(), code, version('pyarrow'))
 
 # %% ../notebooks/api/31_score.ipynb #run-plan
 def run_plan(

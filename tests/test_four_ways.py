@@ -1,5 +1,5 @@
-"""Four ways to run the stages give one result: `dvc repro`, plain papermill, cell by cell in a Jupyter server; the fourth is the scheduled flow, in
-test_retrain and test_schedules."""
+"""Four ways to run the stages give one result: `dvc repro`, plain papermill, cell by cell in a Jupyter server; the fourth is the flow, in
+test_retrain."""
 import pytest
 
 from jupyter import Jupyter

@@ -168,6 +168,8 @@ def test_killed_while_it_publishes(ready):
     before = store(uri)
     assert json.loads(nbs("publish", "--json")) == dict(run=run.info.run_id, name=run.info.run_name, made=False, version=1, registered=False, changed=False)
     assert store(uri) == before
+    told = json.loads(nbs("publish", "--gate", "--json"))
+    assert (told["version"], told["gate"]["version"], told["gate"]["promoted"]) == (1, 1, True)
 
 
 def test_published_by_two_at_once_and_what_people_get_wrong_then(ready, tmp_path):

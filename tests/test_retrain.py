@@ -69,6 +69,19 @@ def test_only_what_is_new_makes_a_version(finished, server):
     assert {"notebook-train", "notebook-evaluate", "dead-letters"} <= set(artifacts)
 
 
+@pytest.mark.flows
+def test_what_a_killed_run_did_not_save_stops_no_other(finished, server, tmp_path):
+    "With a remote: DVC refuses to bring what would replace files that it has not saved."
+    finished.run("dvc", "remote", "add", "--local", "--default", "folder", tmp_path/"remote")
+    finished.run("dvc", "push")
+    undisturbed, params = finished.results(), (finished/"params.yaml").read_text()
+    finished.set(fetch=dict(seed=1))
+    finished.run("python", "-m", "flows.stage", "fetch")
+    (finished/"params.yaml").write_text(params)
+    assert finished.results() != undisturbed
+    assert "version 1 passed" in retrain(finished, server) and finished.results() == undisturbed
+
+
 def working(finished, server, stage, moment, **env):
     "A run that has come so far with the stage; its results were forgotten before."
     before(finished, stage)

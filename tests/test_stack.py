@@ -306,9 +306,12 @@ def test_two_machines(stack, tmp_path_factory):
         run("docker", "exec", f"{stack.project}-s3", "python", "-c", "import boto3; s3 = boto3.client('s3', endpoint_url='http://127.0.0.1:5000', "
             "aws_access_key_id='a', aws_secret_access_key='b', region_name='us-east-1'); [s3.create_bucket(Bucket=b) for b in ('dvc', 'mlflow')]")
         dvc = lambda *words: run(sys.executable, "-m", "dvc", *words, cwd=stack.folder, GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0="safe.directory",
-                                 GIT_CONFIG_VALUE_0="*")
+                                 GIT_CONFIG_VALUE_0="*", **keys)
         dvc("remote", "add", "--default", "team", "s3://dvc/team")
         dvc("remote", "modify", "team", "endpointurl", keys["AWS_ENDPOINT_URL"])
+        if batches := [p.relative_to(stack.folder) for p in (stack.folder/"data/raw/incoming").glob("*.dvc")]:  # which the commit below names
+            dvc("commit", "--force", *batches)
+            dvc("push", *batches)
         stack.schedule("{cpu: process}", "{cpu: process, far: process}", "{name: cpu}", "{name: far}")
         own(stack.folder)
         stack.commit("a remote, and a pool for machines elsewhere")
