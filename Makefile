@@ -36,7 +36,7 @@ endif
 
 run: install  ## pictures in, judged detector out, champion where it is better
 	@echo "run: fetch, ingest, split, train, evaluate; only what changed; then publish and gate"
-	@dvc config --local core.no_scm $(if $(wildcard .git),false,true)
+	@$(if $(wildcard .git),$(if $(wildcard .dvc/config.local),dvc config --local core.no_scm false),dvc config --local core.no_scm true)
 	@$(if $(NBS_ENV),nbs params --apply)
 	@python -m flows.preflight
 	@dvc repro

@@ -10,7 +10,9 @@ import json, socket, sys
 from contextlib import redirect_stdout
 from typing import Annotated
 import typer
-from .config import WrongCall, experiment_name, params as section_of, read_json, read_yaml, run_id, tracking_uri, workspace
+from .config import (WrongCall, digest, experiment_name, file_digest, params as section_of, read_json, read_yaml, run_id, tracking_uri, workspace,
+                            write_json)
+from .store import embedded
 
 # %% ../notebooks/api/38_cli_models.ipynb #model
 models_app = typer.Typer()
@@ -32,7 +34,7 @@ def _line(e):
     before = f"instead of {e['before']}" if e['before'] else 'the first'
     return f"{e['when'][:19].replace('T', ' ')}  version {e['version']:<4} {before:17} {e['kind']:9} {e['who']}: {' '.join(e['why'].split())}"
 
-# %% ../notebooks/api/38_cli_models.ipynb #publish
+# %% ../notebooks/api/38_cli_models.ipynb #made
 def _made():
     "Where the workspace's pipeline left what there is to publish."
     from nbs_lib.publish import Made
@@ -44,6 +46,22 @@ def _made():
     code = code_state(home, ['dvc.lock', 'data/reports'])
     return Made(data/'models', data/'processed', data/'reports', home/'params.yaml', home/'dvc.lock', executed, data/'cache/publish', name, code)
 
+def _state(made, uri, settings):
+    "A hash of all that publishing and judging look at. None where it is not known without asking: of a server."
+    if not (store := embedded(uri)) or not store.is_file(): return None
+    files = [made.params, made.lock, *sorted(f for folder in (made.models, made.reports) for f in folder.glob('*'))]
+    return digest(settings, made.executed, store.stat().st_mtime_ns, [(f, file_digest(f)) for f in files])
+
+def _before(made, uri, settings):
+    "What both gave the last time, where nothing changed since."
+    told = read_json(made.work/'judged.json') if (made.work/'judged.json').is_file() else {}
+    return told if told.get('state') and told['state'] == _state(made, uri, settings) else {}
+
+def _remember(state, made, done, kept):
+    again = dict(done=done | dict.fromkeys(('changed', 'made', 'registered'), False), kept=kept | dict(new=False))
+    write_json(made.work/'judged.json', dict(state=state, **again))
+
+# %% ../notebooks/api/38_cli_models.ipynb #publish
 @models_app.command()
 def publish(
     model: Model = None,
@@ -52,11 +70,15 @@ def publish(
 ):
     "Give the run in MLflow its evaluation, reports and notebooks, and register its model; again does nothing."
     from nbs_lib.publish import publish
-    done = publish(tracking_uri(workspace()/'data/mlflow'), experiment_name(), _made(), **section_of('publish', model=model))
+    made, uri, settings = _made(), tracking_uri(workspace()/'data/mlflow'), section_of('publish', model=model)
+    told = _before(made, uri, settings) if judged else {}
+    done = told.get('done') or publish(uri, experiment_name(), made, **settings)
     if not as_json: print(f"{'published' if done['changed'] else 'published before'}: run {done['name']}{', made from files' * done['made']}; "
                           f"version {done['version']}{', new' * done['registered']}", flush=True)
     if not judged: return print(json.dumps(done)) if as_json else None
-    _tell(kept := _judged(str(done['version']), model), done | dict(gate=kept), as_json)
+    kept = told.get('kept') or _judged(str(done['version']), model)
+    if not told: _remember(_state(made, uri, settings), made, done, kept)
+    _tell(kept, done | dict(gate=kept), as_json)
 
 def _candidate(client, name):
     "The version of the workspace's model."

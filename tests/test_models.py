@@ -1,5 +1,5 @@
 "What MLflow holds after real trainings: with servers that die or hang, commands that are killed, called twice, or called wrongly; and the gate after them."
-import csv, json, os, shutil, signal, socket, sqlite3, subprocess, sys, time
+import csv, json, os, re, shutil, signal, socket, sqlite3, subprocess, sys, time
 from contextlib import closing, suppress
 from pathlib import Path
 from urllib.request import urlopen
@@ -169,7 +169,12 @@ def test_killed_while_it_publishes(ready):
     assert json.loads(nbs("publish", "--json")) == dict(run=run.info.run_id, name=run.info.run_name, made=False, version=1, registered=False, changed=False)
     assert store(uri) == before
     told = json.loads(nbs("publish", "--gate", "--json"))
-    assert (told["version"], told["gate"]["version"], told["gate"]["promoted"]) == (1, 1, True)
+    assert (told["version"], told["gate"]["version"], told["gate"]["promoted"], told["gate"]["new"]) == (1, 1, True, True)
+    code = "import sys; from nbs_lib.cli import main; sys.argv[1:] = 'publish', '--gate', '--json'; main()"
+    said = workspace.run("python", "-X", "importtime", "-c", code)  # nothing changed since, so nobody asks MLflow
+    assert json.loads(said.splitlines()[-1]) == dict(told, gate=dict(told["gate"], new=False)) and not re.search(r"\| +mlflow$", said, re.M)
+    connect(uri).set_registered_model_tag("detector", "seen", "yes")
+    assert json.loads(nbs("publish", "--gate", "--json"))["gate"]["text"] == "is champion"
 
 
 def test_published_by_two_at_once_and_what_people_get_wrong_then(ready, tmp_path):
