@@ -147,7 +147,8 @@ def given_up():
     "What there is to say of a container that will not come; None where all may."
     for service, c in containers().items():
         if c["health"] == "healthy": continue
-        lines = tell("docker", "logs", "--since", c["started"], "--tail", "50", c["name"])[0].splitlines()
+        words = lambda *since, name=c["name"]: tell("docker", "logs", *since, "--tail", "50", name)[0].splitlines()
+        lines = words("--since", c["started"]) or (words() if c["restarts"] else [])  # one that begins once more has said nothing yet
         if why := hint(lines): return f"{service}: {why}"
         if c["health"] == "unhealthy" or c["restarts"] > 3 or c["state"] in ("exited", "dead"): return f"{service} is not healthy: {last(lines)}"
 

@@ -125,7 +125,9 @@ def _exported(bundle, kept, format):
         if (path := kept/EXPORTS[format]).exists(): return path
         if (refused := kept/'refused.txt').exists(): raise WrongCall(refused.read_text())
         try: return export(bundle, kept, [format])[0]
-        except WrongCall as e: refused.write_text(str(e)); raise
+        except WrongCall as e:
+            with replacing(refused) as tmp: tmp.write_text(str(e))
+            raise
 
 # %% ../notebooks/api/24_runtimes.ipynb #fastest
 def fastest(

@@ -9,7 +9,7 @@ DIFFERS = {
     "dev": dict(fetch=dict(train_scenes=100, val_scenes=20, test_scenes=30, side=96), split=dict(max_dead_rate=.2), train=dict(imgsz=96, epochs=3),
                 gate=dict(min_map=0., floor=0., min_pictures=20, min_new_class=0.)),
     "ci": dict(fetch=dict(train_scenes=24, val_scenes=6, test_scenes=6, side=64), split=dict(max_dead_rate=.5),
-               train=dict(imgsz=64, epochs=1, batch=8, device="cpu"), evaluate=dict(device="cpu"),
+               train=dict(imgsz=64, epochs=1, batch=8, device="cpu"), evaluate=dict(device="cpu"), score=dict(runtime="torch"),
                gate=dict(min_map=0., floor=0., min_pictures=1, min_new_class=0., bootstrap=50)),
     "production": dict(split=dict(max_dead_rate=.02), train=dict(epochs=100, device="0"), evaluate=dict(device="0")),
 }

@@ -34,6 +34,12 @@ def free():
         return s.getsockname()[1]
 
 
+def forget(project):
+    "What containers of a stack kept."
+    for name in run("docker", "volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={project}").splitlines():
+        run("docker", "volume", "rm", name)
+
+
 class Stack:
     "A checkout of its own, in the environment `ci`, and the stack that stands on it."
     def __init__(self, folder, project):
@@ -117,8 +123,7 @@ class Stack:
 
     def gone(self):
         self.stack("down")
-        for name in run("docker", "volume", "ls", "--quiet", "--filter", f"label=com.docker.compose.project={self.project}").splitlines():
-            run("docker", "volume", "rm", name)
+        forget(self.project)
 
 
 REDIS = """FROM python:3.11-slim-bookworm
@@ -328,14 +333,14 @@ def test_two_machines(stack, tmp_path_factory):
             far = dict(NBS_PROJECT=f"{stack.project}-far", NBS_SERVER=address, NBS_POOL="far", PREFECT_AUTH=stack.told["PREFECT_AUTH"], **keys)
             env.writelines(f"{k}={v}\n" for k, v in (far | {k: v for k, v in stack.ports.items() if k != "JUPYTER_PORT"}).items())
         print(join("join").splitlines()[-1])
-        done = len(stack.runs())
-        wait(lambda: [r for r in stack.runs()[done:] if r["state"]["type"] == "COMPLETED" and r["state"]["name"] != "Nothing new"], 900, 1)
+        wait(lambda: [r for r in stack.runs() if r["state"]["type"] == "COMPLETED" and r["state"]["name"] != "Nothing new"], 900, 1)
         assert stack.versions()
         worker = run("docker", "ps", "--filter", f"label=com.docker.compose.project={stack.project}-far", "--format", "{{.Names}}")
         run("docker", "exec", worker, "getent", "hosts", "mlflow", status=2)  # no name of the stack is known there
         assert "Running stage" in run("docker", "logs", worker)
     finally:
         if (there/"docker/stack.env").exists(): join("down")
+        forget(f"{stack.project}-far")
         for name in ports: run("docker", "rm", "--force", f"{stack.project}-{name}")
         run("docker", "network", "rm", network)
         (stack.folder/"docker/stack.env").write_text(text)
