@@ -34,8 +34,12 @@ def follow(command, *fine):
 def pull(refetch, far):
     "What others have pushed, where there is a remote, and what has changed at the address that the stage fetch reads."
     if far:
-        follow(Command("dvc", "pull", "--allow-missing", "--force", "dvc.yaml"))  # over what a killed run wrote and did not save
-        follow(Command("dvc", "pull", "--allow-missing"))
+        try: follow(Command("dvc", "pull", "--allow-missing"))
+        except WrongCall as error:  # of what a killed run wrote and did not save
+            if "unsaved files" not in str(error): raise
+            keep_edited()
+            follow(Command("dvc", "pull", "--allow-missing", "--force", "dvc.yaml"))
+            follow(Command("dvc", "pull", "--allow-missing"))
     if refetch: follow(Command("dvc", "repro", "--force", "--single-item", "fetch"))
 
 

@@ -57,7 +57,8 @@ def _before(made, uri, settings):
     told = read_json(made.work/'judged.json') if (made.work/'judged.json').is_file() else {}
     return told if told.get('state') and told['state'] == _state(made, uri, settings) else {}
 
-def _remember(state, made, done, kept):
+def _remember(made, uri, settings, done, kept):
+    if not (state := _state(made, uri, settings)): return
     again = dict(done=done | dict.fromkeys(('changed', 'made', 'registered'), False), kept=kept | dict(new=False))
     write_json(made.work/'judged.json', dict(state=state, **again))
 
@@ -77,7 +78,7 @@ def publish(
                           f"version {done['version']}{', new' * done['registered']}", flush=True)
     if not judged: return print(json.dumps(done)) if as_json else None
     kept = told.get('kept') or _judged(str(done['version']), model)
-    if not told: _remember(_state(made, uri, settings), made, done, kept)
+    if not told: _remember(made, uri, settings, done, kept)
     _tell(kept, done | dict(gate=kept), as_json)
 
 def _candidate(client, name):

@@ -80,6 +80,7 @@ def test_what_a_killed_run_did_not_save_stops_no_other(finished, server, tmp_pat
     (finished/"params.yaml").write_text(params)
     assert finished.results() != undisturbed
     assert "version 1 passed" in retrain(finished, server) and finished.results() == undisturbed
+    assert [*(finished/"data/runs").glob("*/edited/data/raw/fetched/train/*.jpg")], "a copy is kept, since a person may have made them"
 
 
 def working(finished, server, stage, moment, **env):
