@@ -81,7 +81,7 @@ test-large: install  ## annotation files of a gigabyte, a million letters, 20,00
 	@echo "test-large: what does not fit into memory"
 	@python -m pytest -n 0 -m large -s
 
-bench: $(VENV)/peers/.installed  ## this workspace beside its peers, row by row (hours, 10 GB of disk; NAMES=… for some of notebooks/bench)
+bench: $(VENV)/peers/.installed  ## this workspace beside its peers, row by row (hours, 15 GB of disk; NAMES=… for some of notebooks/bench)
 	@python -m flows.bench $(NAMES)
 
 test-bench: $(VENV)/peers/.installed  ## every benchmark with hardly any work, to see that it runs

@@ -124,7 +124,7 @@ class Checked:
         return row[1:] if row else self.new.get(sha)
 
     def _judge(self, sha, data):
-        p = decode(data, **self.limits)
+        p = decode(data, coarse=True, **self.limits)
         if isinstance(p, Refused): row = (p.code, p.detail, *[None] * 8)
         else: row = (None, None, *p.size, p.suffix, None if p.data is data else p.data, p.turn, *impression(p.image))
         with self.lock: return self.new.setdefault(sha, row)
