@@ -22,7 +22,7 @@ from .config import WrongCall, replacing
 CODES = {
     'missing_image':        'the record names a picture that is not there',
     'ambiguous_image':      'the record names a picture by a name that several files have',
-    'unreadable_image':     'the picture cannot be decoded to its last pixel',
+    'unreadable_image':     'the picture cannot be decoded to its end',
     'unsupported_format':   'a picture of a format that is not taken',
     'too_many_pixels':      'the picture claims more pixels than the bound',
     'too_small':            'a side of the picture is shorter than the bound',

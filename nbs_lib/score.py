@@ -128,7 +128,7 @@ def _picture(path):
 EDGES = 'xmin', 'ymin', 'xmax', 'ymax'
 SCHEMA = pa.schema([('picture', pa.string()), *((k, pa.float32()) for k in EDGES), ('label', pa.string()), ('score', pa.float32())])
 LOOKS = pa.schema([('picture', pa.string()), ('width', pa.int32()), ('height', pa.int32()), ('brightness', pa.float64()), ('contrast', pa.float64()),
-                   ('boxes', pa.int32())])  # brightness and contrast to their last digit: equal ones stay equal to those of a profile
+                   ('boxes', pa.int32())])  # brightness and contrast to their last digit, as in a profile
 
 def score_shard(
     job: Job,      # of the batch
