@@ -148,7 +148,7 @@ def impression(
 ) -> tuple:              # (mean luminance in [0, 255], 16 hex digits, standard deviation of the luminance in [0, 127.5])
     "Brightness, a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash), and contrast."
     times = 1 << max((min(image.size) - 1) // (ENOUGH - 1), 1).bit_length() - 1
-    grey = image.reduce(max(times // 2, 1)).convert('L')  # and not further: `reduce` rounds halves up, which four pixels show, and sixteen do not
+    grey = (image.reduce(times // 2) if times > 2 else image).convert('L')  # `reduce` rounds halves up, which shows in a mean of four, not of sixteen
     cells = np.asarray(grey.resize((9, 8), Image.Resampling.BOX), int)
     bits = (cells[:, 1:] > cells[:, :-1]).ravel()
     return round(float(cells.mean()), 1), np.packbits(bits).tobytes().hex(), _deviation(grey.reduce(min(times, 2)).histogram())
