@@ -11,7 +11,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -154,11 +153,13 @@ def _batches(items, most=500, bytes=1 << 26):
     yield batch, True
 
 def _decoded(items, images, checked):
-    "Each item with what became of its picture, in order; threads see to the next ones meanwhile."
+    "Each item with what became of its picture, in order; threads see to the next ones meanwhile, a few at a time."
+    def kept(few): return [_keep(item, images, checked) for item in few]
     with ThreadPoolExecutor(cores()) as pool:
         ahead = ()
         for some, pause in _batches(items):
-            now = zip(some, pool.map(partial(_keep, images=images, checked=checked), some))
+            few = [some[i:i + 16] for i in range(0, len(some), 16)]  # one by one, handing over would take a tenth of the time
+            now = zip(some, chain.from_iterable(pool.map(kept, few)))
             yield from chain(ahead, now if pause else ())
             ahead = () if pause else now
             checked.save()
