@@ -7,14 +7,14 @@ __all__ = ['Loaded', 'loaded', 'Live', 'following', 'Asked', 'Line']
 
 # %% ../notebooks/api/36_live.ipynb #imports
 import queue, shutil, threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, groupby, repeat
 from pathlib import Path
-from .config import WrongCall, read_json, write_json
+from .config import WrongCall, cores, read_json, write_json
 from .predict import Detector, predict
 from .registry import champion, download, find, versions
-from .runtimes import fastest
+from .runtimes import abreast, fastest
 from .store import asking
 
 # %% ../notebooks/api/36_live.ipynb #loaded
@@ -26,6 +26,7 @@ class Loaded:
     detector: Detector
     limits: dict        # conf, iou, max_det that it was published with
     seconds: dict       # runtime → seconds a picture, the one that is used first
+    abreast: Detector   # for several pictures at a time; None where they are better seen one after the other
 
 def loaded(
     bundle: Path,         # folder that `download` made
@@ -35,7 +36,8 @@ def loaded(
     "Load a registered version and warm it up. Raises `WrongCall` for what is no bundle, or not the one it says it is."
     detector, seconds = fastest(bundle, cache, device)
     about, limits = read_json(Path(bundle)/'version.json'), read_json(Path(bundle)/'thresholds.json')
-    return Loaded(str(about['version']), read_json(Path(bundle)/'model.json')['tensors'], detector, limits, seconds)
+    beside = abreast(detector, bundle, cache, min(seconds.values()))
+    return Loaded(str(about['version']), read_json(Path(bundle)/'model.json')['tensors'], detector, limits, seconds, beside)
 
 # %% ../notebooks/api/36_live.ipynb #live
 class Live:
@@ -124,7 +126,7 @@ class Line:
         most: int = 64,   # pictures that may wait
         batch: int = 16,  # pictures that a card sees at a time
     ):
-        self.live, self.batch, self.waiting = live, batch, queue.Queue(most)
+        self.live, self.batch, self.waiting, self.lanes = live, batch, queue.Queue(most), ThreadPoolExecutor(cores())
         threading.Thread(target=self._work, daemon=True).start()
 
     def ask(self, images, conf, iou, max_det):
@@ -144,11 +146,15 @@ class Line:
             self._answer(self.live.now, [one for one in some if one.answer.set_running_or_notify_cancel()])
 
     def _answer(self, model, asked):
-        limits, batch = (lambda one: one.limits), 1 if model.detector.on_cpu else self.batch
-        for (conf, iou, max_det), group in groupby(sorted(asked, key=limits), key=limits):
-            same = list(group)
-            try: found = predict(model.detector, [one.image for one in same], conf=conf, iou=iou, max_det=max_det, batch=batch)
-            except Exception as e: found = e  # whoever asked is told, and the next are answered
-            for i, one in enumerate(same):
-                if isinstance(found, Exception): one.answer.set_exception(found)
-                else: one.answer.set_result((model, found[i]))
+        limits = lambda one: one.limits
+        if model.abreast and len(asked) > 1: list(self.lanes.map(lambda one: self._predict(model, model.abreast, [one]), asked))
+        else:
+            for _, same in groupby(sorted(asked, key=limits), key=limits): self._predict(model, model.detector, list(same))
+
+    def _predict(self, model, detector, same):
+        (conf, iou, max_det), batch = same[0].limits, 1 if detector.on_cpu else self.batch
+        try: found = predict(detector, [one.image for one in same], conf=conf, iou=iou, max_det=max_det, batch=batch)
+        except Exception as e: found = e  # whoever asked is told, and the next are answered
+        for i, one in enumerate(same):
+            if isinstance(found, Exception): one.answer.set_exception(found)
+            else: one.answer.set_result((model, found[i]))
