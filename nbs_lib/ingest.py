@@ -158,7 +158,8 @@ def _decoded(items, images, checked):
     with ThreadPoolExecutor(cores()) as pool:
         ahead = ()
         for some, pause in _batches(items):
-            few = [some[i:i + 16] for i in range(0, len(some), 16)]  # one by one, handing over would take a tenth of the time
+            each = min(16, 1 + len(some) // (4 * cores()))  # one by one, handing over would take a tenth of the time
+            few = [some[i:i + each] for i in range(0, len(some), each)]
             now = zip(some, chain.from_iterable(pool.map(kept, few)))
             yield from chain(ahead, now if pause else ())
             ahead = () if pause else now
