@@ -143,10 +143,14 @@ def call(*words, **how):
     if process.wait(): raise Wrong(hint(said) or last(said))
 
 
-def given_up():
-    "What there is to say of a container that will not come; None where all may."
-    for service, c in containers().items():
-        if c["health"] == "healthy": continue
+def ill(services):
+    "Containers that are not healthy by their service, of these services, or of all where none is named."
+    return {service: c for service, c in containers().items() if c["health"] != "healthy" and (not services or service in services)}
+
+
+def given_up(found):
+    "What there is to say of one of these containers that will not come; None where all may."
+    for service, c in found.items():
         words = lambda *since, name=c["name"]: tell("docker", "logs", *since, "--tail", "50", name)[0].splitlines()
         lines = words("--since", c["started"]) or (words() if c["restarts"] else [])  # one that begins once more has said nothing yet
         if why := hint(lines): return f"{service}: {why}"
@@ -154,15 +158,15 @@ def given_up():
 
 
 def start(*services):
-    "Start, and wait until all are healthy. Raises `Wrong` with the last words of one that is not."
+    "Start these services, or all, and wait until they are healthy. Raises `Wrong` with the last words of one that is not."
     failed = ""
     try: call("up", "--detach", "--no-build", *services)
     except Wrong as error:  # often because one of them ends, which itself knows better why
         if (failed := str(error)) in HINTS.values(): raise
     end = time.monotonic() + (60 if failed else PATIENCE)
-    while ill := [service for service, c in containers().items() if c["health"] != "healthy"]:
-        if why := given_up(): raise Wrong(why)
-        if time.monotonic() > end: raise Wrong(failed or f"{', '.join(ill)}: not healthy within {PATIENCE} s; `make stack-logs` tells more")
+    while found := ill(services):
+        if why := given_up(found): raise Wrong(why)
+        if time.monotonic() > end: raise Wrong(failed or f"{', '.join(found)}: not healthy within {PATIENCE} s; `make stack-logs` tells more")
         time.sleep(1)
     if failed: raise Wrong(failed)
 
@@ -205,25 +209,27 @@ def deploy():
 
 
 def upgrade():
-    "MLflow's database; Prefect's server brings its own up to date. One that came with a newer version is made."
+    "MLflow's database; Prefect's server brings its own up to date. One that came with a newer version is made. Then all are started."
     call("stop", "mlflow")
     start("postgres")
     for name in DATABASES:
         there = f"psql --username=nbs --dbname=mlflow --tuples-only --command='SELECT datname FROM pg_database' | grep --quiet --word-regexp {name}"
         call("exec", "-T", "postgres", "sh", "-c", f"{there} || createdb --username=nbs {name}")
     call("run", "--rm", "--no-deps", "-T", "mlflow", "sh", "-c", "mlflow db upgrade $MLFLOW_BACKEND_STORE_URI")
+    start()
 
 
 def backup(folder):
-    "Databases first, then the files that they speak of; the folder is there when it is whole."
+    "Databases first, then the files that they speak of; the folder is there when it is whole. Of all services only the database must run."
     if folder.exists(): raise Wrong(f"{folder} exists: name a new folder")
     tmp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True, mode=0o700)
+    start("postgres")
     for name in DATABASES:
         with open(tmp/f"{name}.dump", "wb") as file: call("exec", "-T", "postgres", "pg_dump", "--username=nbs", "--format=custom", name, stdout=file)
     for name, (service, place) in FOLDERS.items():
-        with open(tmp/f"{name}.tar", "wb") as file: call("exec", "-T", service, "tar", "--create", f"--directory={place}", ".", stdout=file)
+        with open(tmp/f"{name}.tar", "wb") as file: call("run", "--rm", "--no-deps", "-T", service, "tar", "--create", f"--directory={place}", ".", stdout=file)
     tmp.rename(folder)
     print(f"stack: kept in {folder}: {', '.join(f'{p.name} {p.stat().st_size >> 20} MB' for p in sorted(folder.iterdir()))}")
 

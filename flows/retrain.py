@@ -17,6 +17,7 @@ from flows.runs import guarded, one_line, step
 from flows.score import champion, planned, score
 from flows.stage import check_params, end_survivors, stage_notebooks
 from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, replacing, run_id, tracking_uri, write_json
+from nbs_lib.formats import several
 from nbs_lib.incoming import gather, take, waiting
 
 CACHE, INCOMING, RAW, PATCHES = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming", ROOT/"data/patches.jsonl"
@@ -70,7 +71,15 @@ def incoming(settle, run):
     taken = [take(batch, RAW).name for batch in batches if batch.format]
     for folder in sorted(path for path in RAW.glob("*") if path.is_dir() and not path.with_name(f"{path.name}.dvc").exists()):
         follow(Command("dvc", "add", "--quiet", str(folder.relative_to(ROOT))))  # also what a killed run had taken
+    if names := unread(RAW.glob("*/"), ROOT/params("ingest")["root"], params("ingest")["sources"]):
+        get_run_logger().warning(f"data/raw/incoming has {', '.join(names)}, which ingest.sources does not read: add {{path: incoming/*, format: auto}}")
     return taken, [b.path.name for b in batches if not b.format and not b.unclear]
+
+
+def unread(folders, root, sources):
+    "Names of the folders that no source holds."
+    paths = [root/s["path"] for s in several(root, sources) if isinstance(s, dict) and isinstance(s.get("path"), str)]
+    return sorted(f.name for f in folders if f.is_dir() and not any(f.is_relative_to(p) for p in paths))
 
 
 @step("stage")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .cli_models import Model
-from .config import params as section_of, tracking_uri, workspace
+from .config import digest, params as section_of, tracking_uri, workspace
 
 # %% ../notebooks/api/39_cli_serve.ipynb #shared
 serve_app = typer.Typer()
@@ -25,7 +25,7 @@ def _live(model, device, home):
     from nbs_lib.live import Live
     from nbs_lib.store import connect
     name, uri = model or section_of('publish')['model'], tracking_uri(workspace()/'data/mlflow')
-    return Live(workspace()/home, lambda: connect(uri), name, device)
+    return Live(workspace()/home/digest(name), lambda: connect(uri), name, device)
 
 def _follow(live):
     from nbs_lib.live import following
@@ -48,13 +48,14 @@ def serve(
     pictures: Pictures = None,
 ):
     "Answer over HTTP with the champion: an API, its documentation, and a page for people."
+    from nbs_lib.page import address_of
     from nbs_lib.serve import Service, listen
     from nbs_lib.live import Line
     made = token or secrets.token_urlsafe(24)
     live = _live(model, device, 'data/cache/serve')
     service = Service(live, Line(live), _log(requests, days, pictures), workspace()/'data/incoming', made)
     _follow(live)
-    print(f"serve: http://{host}:{port}/page for people, /docs for programs{'' if token else f'; token: {made}'}", flush=True)
+    print(f"serve: {address_of(host, port)}/page for people, /docs for programs{'' if token else f'; token: {made}'}", flush=True)
     listen(service, host, port)
 
 @serve_app.command()

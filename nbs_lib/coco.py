@@ -204,7 +204,7 @@ def _image(s, id):
     return dict(id=id, file_name=s.path.name, width=s.size[0], height=s.size[1], split=s.split, source=s.source, origin=s.file,
                 brightness=s.brightness, looks=s.looks, contrast=s.contrast)
 
-def _annotations(samples, number, some=4096):
+def _annotations(samples, number, some=256):
     id = count(1)
     for start in range(0, len(samples), some):
         sets = [s.boxes for s in samples[start:start + some]]

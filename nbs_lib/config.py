@@ -139,7 +139,7 @@ def parse_yaml(
 ):              # what it holds
     "Read a text as YAML, safely. Raises `WrongCall` where it is not YAML."
     try: return yaml.load(text, yaml.BaseLoader if as_text else _Loader)  # nosec B506: neither makes objects
-    except (yaml.YAMLError, RecursionError) as e: raise WrongCall(f"{where}: not YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as e: raise WrongCall(f"{where}: not YAML: {' '.join(str(e).split())}") from None
 
 def write_yaml(
     path: Path,  # file to write

@@ -23,7 +23,7 @@ class _Message:
     key: str         # its id on the stream
     fields: dict     # bytes → bytes
     attempt: int     # how often it was taken, this time included
-    picture: object  # Picture, or Refused
+    picture: object  # Picture, or Refused; None: taken too often to be looked at once more
     how: tuple = ()  # of (name, value): thresholds that it asks for
 
     @property
@@ -36,7 +36,8 @@ class Limits:
     max_pixels: int = 50_000_000  # as for `decode`
     min_side: int = 10            # as for `decode` [pixels]
 
-def _read(key, fields, attempt, limits):
+def _read(key, fields, attempt, limits, attempts):
+    if attempt > attempts: return _Message(key, fields, attempt, None)  # decoding it may be what kills
     try: picture, how = _picture(fields, limits), tuple((k, _number(k, fields[k.encode()])) for k in THRESHOLDS if k.encode() in fields)
     except Fault as e: picture, how = Refused(e.code, str(e)), ()
     return _Message(key, fields, attempt, picture, how)
@@ -128,7 +129,7 @@ class _Group(_Streams):
         while True:
             answer = self.ask(lambda redis: redis.xautoclaim(self.keys[0], self.group, self.name, int(idle * 1000), self.cursor, count=1))
             if answer is None: return []
-            self.cursor, found, gone = answer[0], answer[1], answer[2]
+            self.cursor, found, gone = [*answer, []][:3]  # Redis 6 does not tell what is gone
             if gone: self.say(f'{len(gone)} messages were trimmed from {self.keys[0]} before they were answered: {gone[0].decode()}…')
             if found or self.cursor == b'0-0': break
         if not found: return []
@@ -168,7 +169,7 @@ def _outcomes(streams, detect, messages, attempts, idle):
     "Each message with `Refused`, (version, model, Boxes), or a `Fault`: nobody will answer it."
     groups = {}
     for m in messages:
-        if m.attempt > attempts: yield m, Fault('prediction_failed', f'taken {m.attempt - 1} times, and each time whoever took it died')
+        if not m.picture: yield m, Fault('prediction_failed', f'taken {m.attempt - 1} times, and each time whoever took it died')
         elif isinstance(m.picture, Refused): yield m, m.picture
         else: groups.setdefault(m.how, []).append(m)
     for same in groups.values():
@@ -236,7 +237,7 @@ def consume(
         while not stop.is_set():
             taken, begin = streams.take(batch, idle, 1 if once else 1000), time.perf_counter()
             if once and not taken: break
-            messages = [_read(*of, limits) for of in taken]
+            messages = [_read(*of, limits, attempts) for of in taken]
             for m, outcome in _outcomes(streams, detect, messages, attempts, idle):
                 seconds = time.perf_counter() - begin
                 if not streams.answer(m, _result(stream, m, outcome, seconds), _letter(stream, m, outcome), keep, delete): continue

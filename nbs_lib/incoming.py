@@ -47,7 +47,7 @@ def waiting(
     return [judged(p) for p in there if _still(p, settle)]
 
 def _still(folder, settle):
-    try: newest = max(max(s.st_mtime, s.st_ctime) for s in (p.lstat() for p in (folder, *folder.rglob('*'))))
+    try: newest = max(p.lstat().st_ctime for p in (folder, *folder.rglob('*')))  # a copy may keep the time that a camera's clock gave it
     except FileNotFoundError: return False  # it is being moved away
     return time.time() - newest >= settle
 
@@ -60,10 +60,11 @@ def gather(
     "Make a batch of the files that lie beside the batches."
     folder, hidden = Path(folder), Path(folder)/'.gathering'
     loose = [p for p in sorted(folder.glob('*')) if p.is_file() and not p.is_symlink() and not p.name.startswith('.')]
-    if any(time.time() - max(s.st_mtime, s.st_ctime) < settle for s in map(Path.lstat, loose)): return
+    if any(time.time() - p.lstat().st_ctime < settle for p in loose): return
     if not loose and not hidden.exists(): return
     hidden.mkdir(exist_ok=True)
-    for p in loose: p.rename(hidden/p.name)
+    for p in loose:
+        if not (hidden/p.name).exists(): p.rename(hidden/p.name)
     return hidden.rename(folder/name)
 
 # %% ../notebooks/api/16_incoming.ipynb #take

@@ -22,6 +22,7 @@ from .store import asking
 class Loaded:
     "A version that can answer."
     version: str        # of the registered model
+    run: str            # that made it
     model: str          # hash of its weights
     detector: Detector
     limits: dict        # conf, iou, max_det that it was published with
@@ -37,7 +38,7 @@ def loaded(
     detector, seconds = fastest(bundle, cache, device)
     about, limits = read_json(Path(bundle)/'version.json'), read_json(Path(bundle)/'thresholds.json')
     beside = abreast(detector, bundle, cache, min(seconds.values()))
-    return Loaded(str(about['version']), read_json(Path(bundle)/'model.json')['tensors'], detector, limits, seconds, beside)
+    return Loaded(str(about['version']), about['run'], read_json(Path(bundle)/'model.json')['tensors'], detector, limits, seconds, beside)
 
 # %% ../notebooks/api/36_live.ipynb #live
 class Live:
@@ -67,8 +68,8 @@ class Live:
         "Let a version answer; the `Loaded`. Raises `WrongCall` where there is none, the store is down or it does not load; then the one before goes on."
         with self.lock:
             found = find(client := self.connect(), self.name, version)
-            if version == 'champion': self.followed = found.version
-            if not self.now or self.now.version != str(found.version):
+            if version == 'champion': self.followed = _which(found)
+            if not self.now or [self.now.version, self.now.run] != _which(found):
                 self._become(download(client, self.name, found.version, self.home/f'version-{found.version}'))
             write_json(self.home/'last.json', dict(version=found.version, followed=self.followed))
             return self.now
@@ -77,7 +78,7 @@ class Live:
         "Look at the champion once, and switch where it became another since the last look. Raises what `switch` raises."
         best = champion(self.connect(), self.name)
         if not best: raise WrongCall(f'no version of {self.name!r} is champion yet: `nbs gate` or `nbs promote` makes one')
-        if best.version != self.followed: self.switch('champion')
+        if _which(best) != self.followed: self.switch('champion')
 
     def versions(self, most=20):
         "The newest versions, as dict: version, created, aliases, metrics, answers. Raises `WrongCall` where the store is down."
@@ -93,6 +94,8 @@ class Live:
         self.switches += before is not None
         for old in self.home.glob('version-*'):
             if old.name not in (bundle.name, f'version-{before.version}' if before else None): shutil.rmtree(old)
+
+def _which(version): return [str(version.version), version.run_id]  # a store that was made anew counts from 1 again
 
 # %% ../notebooks/api/36_live.ipynb #following
 def following(

@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
-from .boxes import Boxes, from_yolo
+from .boxes import EDGES, Boxes, from_yolo
 from .coco import load_coco
 from .config import WrongCall, nearest
 from .deadletter import CODES, Fault, Letter, Letters, Patches, replaceable, write_patch
 from .draw import as_png, show_boxes, show_outline
-from .evaluate import EDGES
 from .images import Refused, decode_file
 from .source import PICTURES, numbers
 from .tables import Options, edges_of

@@ -166,5 +166,5 @@ def abreast(
     if not detector.on_cpu or detector.threads == 1: return None
     try: one = _running(replace(detector, threads=1), 'onnx', bundle, cache)
     except WrongCall: return None
-    with ThreadPoolExecutor(detector.threads) as pool: took = min(pool.map(lambda _: _seconds(one), range(detector.threads)))
+    with ThreadPoolExecutor(detector.threads) as pool: took = max(pool.map(lambda _: _seconds(one), range(detector.threads)))
     return one if took / detector.threads < seconds else None

@@ -24,13 +24,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from .boxes import Boxes, Sample
+from .boxes import EDGES, Boxes, Sample
 from .config import WrongCall, cores, replacing
 from .draw import as_png, show_boxes
-from .images import Picture, Refused, decode, impression
-from .intake import Bounded, Bounds, Refusal, pictures_of, refuse
+from .images import Picture, Refused, claimed, decode, impression
+from .intake import Bounded, Bounds, Refusal, Room, pictures_of, refuse
 from .live import Line, Live
-from .page import PLACE, mount
+from .page import PLACE, address_of, mount
 from .requestlog import RequestLog, rows_of
 from .voc import voc_xml
 
@@ -146,7 +146,7 @@ class Service:
 
     def __post_init__(self):
         if len(self.token) < 16: raise WrongCall('the token of the service needs 16 characters or more')
-        self.meters, self.pool = Meters(self), ThreadPoolExecutor(cores())
+        self.meters, self.pool, self.room = Meters(self), ThreadPoolExecutor(cores()), Room(self.bounds.held)
 
 # %% ../notebooks/api/38_serve.ipynb #create-app
 router = APIRouter()
@@ -238,15 +238,20 @@ async def judge(
     return [(picture, dict(row, sha=picture.sha, width=picture.size[0], height=picture.size[1])) for (picture, _), row in zip(judged, rows)]
 
 # %% ../notebooks/api/38_serve.ipynb #answer
+@asynccontextmanager
 async def answer(
     service: Service,
     request: Request,
     limits: Thresholds,
     most: int = None,    # pictures; None: as many as the service's bounds allow
-) -> tuple:              # (list of (Picture, Boxes, Answer as dict), seconds by step)
-    "Find objects in the pictures of a request. Raises `Refusal`."
+):
+    "Find objects in the pictures of a request; yields (list of (Picture, Boxes, Answer as dict), seconds by step). Raises `Refusal`."
     begun = time.perf_counter()
     data = await pictures_of(request, replace(service.bounds, pictures=most or service.bounds.pictures))
+    pixels = await asyncio.get_running_loop().run_in_executor(service.pool, lambda: [n for n in map(claimed, data) if n <= service.bounds.pixels])
+    with service.room.of(sum(pixels)): yield await _answered(service, data, limits, begun)
+
+async def _answered(service, data, limits, begun):
     pictures = await judge(service, data)
     decoded = time.perf_counter()
     found = await _found(service, [p.image for p, _ in pictures], limits)
@@ -256,7 +261,7 @@ async def answer(
     for (picture, row), d, (model, boxes) in zip(pictures, data, found):
         row = dict(row, version=model.version, model=model.model, boxes=rows_of(boxes), seconds=total)
         service.log.put(row, d); service.recent.keep(row['id'], picture, boxes)
-        said = [dict(zip(('xmin', 'ymin', 'xmax', 'ymax', 'label', 'score'), r)) for r in row['boxes']]
+        said = [dict(zip((*EDGES, 'label', 'score'), r)) for r in row['boxes']]
         answers.append((picture, boxes, {k: row[k] for k in ('id', 'version', 'model', 'sha', 'width', 'height')} | dict(boxes=said)))
     return answers, seconds
 
@@ -280,17 +285,17 @@ BODY = dict(requestBody=dict(required=True, content={
 @router.post('/predict/', tags=['predict'], response_model=Answers, responses=WRONG, openapi_extra=BODY)
 async def predict_pictures(request: Request, service: Shared, limits: Limits):
     "Objects in one or many pictures: as a form with the field `image`, as often as you like, or as JSON."
-    answers, seconds = await answer(service, request, limits)
-    return JSONResponse(dict(pictures=[said for _, _, said in answers], seconds=seconds))
+    async with answer(service, request, limits) as (answers, seconds):
+        return JSONResponse(dict(pictures=[said for _, _, said in answers], seconds=seconds))
 
 DRAWN = {**WRONG, 200: {'content': {'image/png': {}}}}
 
 @router.post('/predict/annotated', tags=['predict'], openapi_extra=BODY, response_class=Response, responses=DRAWN)
 async def predict_annotated(request: Request, service: Shared, limits: Limits):
     "One picture with its boxes drawn, as PNG."
-    [(picture, boxes, said)], _ = await answer(service, request, limits, most=1)
-    paint = lambda ax: show_boxes(picture.image, boxes, ax=ax)
-    drawn = await asyncio.get_running_loop().run_in_executor(service.pool, lambda: as_png(paint, dpi=160))
+    async with answer(service, request, limits, most=1) as ([(picture, boxes, said)], _):
+        paint = lambda ax: show_boxes(picture.image, boxes, ax=ax)
+        drawn = await asyncio.get_running_loop().run_in_executor(service.pool, lambda: as_png(paint, dpi=160))
     return Response(drawn, media_type='image/png', headers={'X-Model-Version': said['version'], 'X-Answer': said['id']})
 
 # %% ../notebooks/api/38_serve.ipynb #feedback
@@ -359,6 +364,6 @@ def listen(
     import uvicorn
     try: here = socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET, backlog=2048)
     except OSError as e: raise WrongCall(f'port {port} of {host} cannot be had ({e.strerror}): `--port` names another') from None
-    own = '127.0.0.1' if host in ('0.0.0.0', '::') else host  # listening on all is what was asked for  # nosec B104
-    app = mount(create_app(service), f'http://{own}:{port}', service.bounds.bytes)
+    own = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)  # listening on all is what was asked for  # nosec B104
+    app = mount(create_app(service), address_of(own, port), service.bounds.bytes)
     uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, timeout_graceful_shutdown=10)).run([here])

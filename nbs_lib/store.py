@@ -77,7 +77,8 @@ def _alone(file):
 
 def _follow(file, experiments):
     "An embedded store holds absolute paths; where its folder was moved or copied, so are they. MLflow has no call for that."
-    for old in {e.artifact_location for e in experiments if Path(e.artifact_location).name == 'artifacts'} - {str(place := file.parent.resolve()/'artifacts')}:
+    place, ours = file.parent.resolve()/'artifacts', lambda path: path.is_absolute() and path.name == 'artifacts'
+    for old in {e.artifact_location for e in experiments if ours(Path(e.artifact_location))} - {str(place)}:
         with closing(sqlite3.connect(file)) as db:
             for table, column in PATHS:
                 change = f'UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?'  # nosec B608: names of ours

@@ -68,14 +68,14 @@ def _listed(tree, bases, entry):
     "The pictures that one entry of a data.yaml means."
     for base, name in ((b, n) for n in dict.fromkeys((entry, entry.removeprefix('../'))) for b in bases):
         path = Path(os.path.normpath(base/name))
-        if path in tree and path not in tree.unreadable:
-            lines = path.read_text(encoding='utf-8-sig', errors='replace').splitlines()
-            return [p for line in lines if line.strip() for p in _named(tree, (path.parent, base), line.strip())]
+        if (file := tree.called(path)) and file not in tree.unreadable:
+            lines = file.read_text(encoding='utf-8-sig', errors='replace').splitlines()
+            return [p for line in lines if line.strip() for p in _named(tree, (file.parent, base), line.strip())]
         if os.path.isdir(path): return [p for p in tree.endswith(*PICTURES) if str(p).startswith(f'{path}/')]
     return []
 
 def _named(tree, bases, line):
-    there = [p for b in bases if (p := Path(os.path.normpath(b/line))) in tree] or tree.by_name[Path(line).name.casefold()]
+    there = [p for b in bases if (p := tree.called(os.path.normpath(b/line)))] or tree.by_name[Path(line).name.casefold()]
     return there[:1] if len(set(there)) == 1 else []
 
 # %% ../notebooks/api/08_yolo.ipynb #read-yolo

@@ -69,6 +69,13 @@ def test_only_what_is_new_makes_a_version(finished, server):
     assert {"notebook-train", "notebook-evaluate", "dead-letters"} <= set(artifacts)
 
 
+def test_a_batch_that_no_source_reads_is_told(tmp_path):
+    from flows.retrain import unread
+    for name in ("a", "b"): (tmp_path/"incoming"/name).mkdir(parents=True)
+    of = lambda *paths: unread((tmp_path/"incoming").glob("*"), tmp_path, [dict(path=path) for path in paths])
+    assert [of("cells"), of("incoming/b"), of("incoming/*"), of("incoming"), of(".")] == [["a", "b"], ["a"], [], [], []]
+
+
 @pytest.mark.flows
 def test_what_a_killed_run_did_not_save_stops_no_other(finished, server, tmp_path):
     "With a remote: DVC refuses to bring what would replace files that it has not saved."
@@ -108,7 +115,9 @@ def test_after_a_kill_the_next_run_completes(finished, server, stage, process, m
     flow = working(finished, server, stage, moment)
     found = processes(finished)
     dvc = next(p for p in psutil.Process(flow.pid).children() if "dvc" in p.name() or any(w.endswith("/dvc") for w in p.cmdline()))
-    if not (victim := {**found, "flow": flow, "dvc": dvc}.get(process)): pytest.skip("it was over before it could be killed")
+    if not (victim := {**found, "flow": flow, "dvc": dvc}.get(process)):
+        assert moment == "end", "it was over before it could be killed"
+        pytest.skip("it was over before it could be killed")
     victim.kill()
     late = (process, moment) == ("kernel", "end")  # after its last cell nobody misses it, and the run may go on
     said = end(flow) if late else None

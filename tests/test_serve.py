@@ -243,8 +243,8 @@ def test_nothing_there_yet(two, tmp_path, pictures):
         assert service.http.get("/models/").json()["code"] == "no_registry"
         (tmp_path/"aside").rename(fresh/"data/mlflow")
         service.ready()
-        bundle = fresh/"data/cache/serve/version-2"
-        shutil.copytree(fresh/"data/cache/serve/version-1", bundle)
+        one, = (fresh/"data/cache/serve").glob("*/version-1")
+        shutil.copytree(one, bundle := one.with_name("version-2"))
         about = json.loads((bundle/"version.json").read_text())
         found = next(v for v in versions(connect(f"sqlite:///{fresh/'data/mlflow/mlflow.db'}"), "detector") if v.version == 2)
         (bundle/"version.json").write_text(json.dumps(dict(about, version=2, run=found.run_id, model_id=found.model_id, bundle=found.tags["nbs.bundle"])))

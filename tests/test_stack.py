@@ -251,8 +251,9 @@ def test_what_must_not_be_there(stack):
     secrets = [stack.told[name] for name in ("POSTGRES_PASSWORD", "PREFECT_AUTH", "JUPYTER_TOKEN", "REDIS_PASSWORD", "NBS_SERVE_TOKEN")]
     text = "".join((stack.folder/"docker"/name).read_text() for name in ("compose.yaml", "compose.gpu.yaml", "Dockerfile"))
     assert not any(secret in history + text for secret in secrets)
-    assert stack.inside("jupyter", "sh", "-c", "ls /workspace/docker/stack.env 2>&1; true") and run(
-        "docker", "run", "--rm", "--entrypoint", "find", "nbs", "/workspace", "-name", "*.env") == ""
+    assert run("docker", "run", "--rm", "--entrypoint", "find", "nbs", "/workspace", "-name", "*.env") == ""
+    for service, place in (("jupyter", "/workspace"), ("jupyter", "/source"), ("worker", "/source")):
+        assert stack.inside(service, "cat", f"{place}/docker/stack.env") == "" != stack.inside(service, "cat", f"{place}/docker/stack.py")
     for service in (*SERVICES, "api", "consumer", "redis"):
         of, = json.loads(run("docker", "inspect", stack.name(service)))
         assert all(b["HostIp"] == "127.0.0.1" for ports in of["NetworkSettings"]["Ports"].values() for b in ports or [])
@@ -378,10 +379,14 @@ def test_bad_input_is_one_line(stack, tmp_path):
     stack.stack("up")
     sql = lambda text: stack.inside("postgres", "psql", "--username=nbs", "--dbname=mlflow", "--tuples-only", "--no-align", "--command", text)
     version = sql("SELECT version_num FROM alembic_version")
-    sql("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    stack.inside("mlflow", "python", "-c", "import os; from alembic import command; from mlflow.store.db.utils import _get_alembic_config as config; "
+                                           "command.downgrade(config(os.environ['MLFLOW_BACKEND_STORE_URI']), '-1')")
+    assert sql("SELECT version_num FROM alembic_version") != version
     run("docker", "restart", stack.name("mlflow"))
     assert "`make stack-upgrade`" in last("up")
-    sql(f"UPDATE alembic_version SET version_num = '{version}'")
+    stack.stack("backup", tmp_path/"before")
+    stack.stack("upgrade")
+    assert sql("SELECT version_num FROM alembic_version") == version
     write = lambda number: run("docker", "run", "--rm", "--volume", f"{stack.project}_postgres:/kept", "--user", "0", "--entrypoint", "sh", "nbs", "-c",
                                f"echo {number} > /kept/PG_VERSION")
     write(14)
