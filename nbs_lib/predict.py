@@ -29,7 +29,8 @@ class Detector:
     imgsz: int     # side of the square it was trained on [pixels]
     stride: int    # height and width of a batch are multiples of it [pixels]
     device: object # torch.device
-    threads: int   # of torch, where a CPU predicts
+    threads: int   # of the network, where a CPU predicts
+    runtime: str = 'torch'  # what the network runs in
 
     @property
     def on_cpu(self): return self.device.type == 'cpu'
@@ -37,7 +38,7 @@ class Detector:
 def load(
     bundle: Path,         # folder with best.pt and model.json
     device: str = 'auto', # auto, cpu, 0
-    threads: int = None,  # of torch, where a CPU predicts; None: as many as there are cores
+    threads: int = None,  # of the network, where a CPU predicts; None: as many as there are cores
 ) -> Detector:
     "Load a bundle. Raises `WrongCall` for what `open_bundle` refuses, and for a card that is not there."
     device, (yolo, about) = device_name(device), open_bundle(bundle)
@@ -53,6 +54,7 @@ def load(
 def _fitted(images, pad, some):
     "(shape, pixels shrunk and padded) of some pictures at a time; threads see to the next ones meanwhile."
     def fit(image): return (pixels := _pixels(image)).shape, pad(image=pixels)
+    if len(images) == 1: yield [fit(images[0])]; return
     with ThreadPoolExecutor(cores()) as pool:
         ahead = deque()
         for start in range(0, len(images), some):
@@ -101,7 +103,7 @@ def _detect(detector, pixels, shape, conf, iou, max_det):
     import torchvision  # noqa: F401 non_max_suppression uses it where somebody has imported it
     from ultralytics.utils.nms import non_max_suppression
     from ultralytics.utils.ops import scale_boxes
-    if detector.on_cpu: torch.set_num_threads(detector.threads)
+    if detector.on_cpu: torch.set_num_threads(detector.threads if detector.runtime == 'torch' else 1)  # they would wait on the cores that another network needs
     x = torch.from_numpy(pixels).to(detector.device).permute(0, 3, 1, 2).contiguous().float().div_(255)
     with torch.inference_mode():
         kept = non_max_suppression(_candidates(detector.net(x), conf), conf, iou, max_det=max_det,
