@@ -61,7 +61,7 @@ def _coco_file(reading, path):
         with in_peace(): images, boxes, classes = _coco_lists(path)
     except Fault as e: return (yield reading.letter(e.code, 'file', path, e.detail))
     for row, category, fault in classes.faults: yield reading.patches.decide(Letter(fault.code, 'file', reading.name, file, row, fault.detail, category))
-    pictures, parse, seen, mended = _Pictures(reading, path, images), partial(_coco_box, classes=classes), set(), {}
+    pictures, parse, seen, mended = _Pictures(reading, path, images), partial(_coco_box, classes=classes), _Met(), {}
     for row, a in (r for id in [*boxes.keys()] if id not in pictures.ids for r in boxes.of(id)):
         a, letter = reading.tried(partial(_known, ids=pictures.ids, parse=parse), a, 'box', file, _row(a, row))
         if isinstance(a, dict): boxes.add(_id(a, 'image_id'), row, a); mended[str(_row(a, row))] = letter
@@ -125,9 +125,22 @@ def _coco_box(a, classes):
 def _new_box(a, parse, seen):
     box, id = parse(a), a.get('id')
     if isinstance(id, (int, str)):
-        if id in seen: raise Fault('duplicate_id', f'box {id!r} was listed before')
-        seen.add(id)
+        if not seen.add(id): raise Fault('duplicate_id', f'box {id!r} was listed before')
     return box
+
+# %% ../notebooks/api/06_coco.ipynb #met
+class _Met:
+    "Ids that were met."
+    def __init__(self): self.bits, self.others = bytearray(), set()
+
+    def add(self, id):
+        "Whether the id is new."
+        if type(id) is not int or not 0 <= id < 1 << 28: new = id not in self.others; self.others.add(id); return new
+        byte, bit = id >> 3, 1 << (id & 7)
+        if byte >= len(self.bits): self.bits.extend(bytes(byte + 1 - len(self.bits)))
+        new = not self.bits[byte] & bit
+        self.bits[byte] |= bit
+        return new
 
 # %% ../notebooks/api/06_coco.ipynb #pictures
 class _Pictures:
