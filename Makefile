@@ -103,7 +103,7 @@ guides: install  ## the guides in full, as HTML in data/runs/guides (the one on 
 lab: install  ## JupyterLab on this workspace
 	@jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/guides/00_welcome.ipynb
 
-image:  ## the workspace as a container image, for `docker run --rm --gpus all --shm-size 2g -v "$$PWD":/workspace -p 127.0.0.1:8888:8888 nbs`
+image:  ## the workspace as a container image, for `docker run --rm --gpus all --shm-size 2g -v "$PWD":/workspace -p 127.0.0.1:8888:8888 nbs`
 	@DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile --build-arg UID=$$(id -u | sed 's/^0$$/1000/') --tag nbs .
 
 stack-env:  ## docker/stack.env with passwords of its own, for all that follows

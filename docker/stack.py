@@ -9,8 +9,7 @@ SHARED = "data/raw", "data/incoming", "data/predictions"  # folders of this chec
 PATIENCE = 300  # within which all must be healthy [s]
 PORTS = dict(JUPYTER_PORT=8888, MLFLOW_PORT=5000, PREFECT_PORT=4200, API_PORT=8000, REDIS_PORT=6379)
 OPEN = "MLFLOW_PORT", "PREFECT_PORT"  # on NBS_BIND; all others on loopback
-# database: which service keeps what where
-DATABASES, FOLDERS = ("mlflow", "prefect", "requests"), dict(artifacts=("mlflow", "/state"), remote=("jupyter", "/remote"))
+DATABASES, VOLUMES = ("mlflow", "prefect", "requests"), ("artifacts", "remote")  # what a backup holds
 SECRETS = dict(POSTGRES_PASSWORD="", PREFECT_AUTH="nbs:", JUPYTER_TOKEN="", REDIS_PASSWORD="", NBS_SERVE_TOKEN="")  # name: what it begins with
 OPTIONS = """
 # what else can be set, with its default
@@ -132,10 +131,13 @@ def hint(lines):
 def last(lines): return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def call(*words, **how):
-    "Compose, its words going to people. Raises `Wrong` with its last one where it fails."
+def call(*words, **how): return told([*compose(), *words], **how)
+
+
+def told(command, **how):
+    "A command whose words go to people. Raises `Wrong` with its last one where it fails."
     env = os.environ | dict(DOCKER_BUILDKIT="1", COMPOSE_DOCKER_CLI_BUILD="1")
-    process = subprocess.Popen([*compose(), *words], cwd=ROOT, text=True, stderr=subprocess.PIPE, env=env, **how)
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=env, **how)
     said = []
     for line in process.stderr:
         print(line, end="", file=sys.stderr)
@@ -220,24 +222,33 @@ def upgrade():
 
 
 def backup(folder):
-    "Databases first, then the files that they speak of; the folder is there when it is whole. Of all services only the database must run."
+    "Databases first, then the files that they speak of; the folder is there when it is whole. Of all services only the database is needed."
     if folder.exists(): raise Wrong(f"{folder} exists: name a new folder")
     tmp = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True, mode=0o700)
+    ran = containers().get("postgres", {}).get("state") == "running"
     start("postgres")
     for name in DATABASES:
         with open(tmp/f"{name}.dump", "wb") as file: call("exec", "-T", "postgres", "pg_dump", "--username=nbs", "--format=custom", name, stdout=file)
-    for name, (service, place) in FOLDERS.items():
-        with open(tmp/f"{name}.tar", "wb") as file: call("run", "--rm", "--no-deps", "-T", service, "tar", "--create", f"--directory={place}", ".", stdout=file)
+    if not ran: call("stop", "postgres")
+    for name in VOLUMES:
+        with open(tmp/f"{name}.tar", "wb") as file: tar(name, "--create", ".", stdout=file)
     tmp.rename(folder)
     print(f"stack: kept in {folder}: {', '.join(f'{p.name} {p.stat().st_size >> 20} MB' for p in sorted(folder.iterdir()))}")
+
+
+def tar(volume, *words, **how):
+    "tar in a volume, without what a service checks when it starts, and without a log of what it says."
+    place = f"{project()}_{volume}:/kept"
+    told(["docker", "run", "--rm", "--interactive", "--log-driver=none", f"--volume={place}", "--entrypoint=tar", settings().get("NBS_IMAGE", "nbs"),
+          "--directory=/kept", *words], **how)
 
 
 def restore(folder):
     "Into a stack that has nothing yet. Raises `Wrong` for one that has."
     files = {p.name for p in folder.glob("*")}
-    if missing := {*(f"{n}.dump" for n in DATABASES), *(f"{n}.tar" for n in FOLDERS)} - files: raise Wrong(f"{folder} is no backup: there is no {min(missing)}")
+    if missing := {*(f"{n}.dump" for n in DATABASES), *(f"{n}.tar" for n in VOLUMES)} - files: raise Wrong(f"{folder} is no backup: there is no {min(missing)}")
     start("postgres", "mlflow", "prefect", "jupyter")
     runs = tell(*compose(), "exec", "-T", "postgres", "psql", "--username=nbs", "--dbname=mlflow", "--tuples-only", "--no-align",
                 "--command=SELECT count(*) FROM runs")[0].splitlines()[-1]
@@ -246,8 +257,8 @@ def restore(folder):
     for name in DATABASES:
         with open(folder/f"{name}.dump", "rb") as file:
             call("exec", "-T", "postgres", "pg_restore", "--username=nbs", "--clean", "--if-exists", "--single-transaction", f"--dbname={name}", stdin=file)
-    for name, (service, place) in FOLDERS.items():
-        with open(folder/f"{name}.tar", "rb") as file: call("run", "--rm", "--no-deps", "-T", service, "tar", "--extract", f"--directory={place}", stdin=file)
+    for name in VOLUMES:
+        with open(folder/f"{name}.tar", "rb") as file: tar(name, "--extract", stdin=file)
     start()
     print(f"stack: has what {folder} kept")
 

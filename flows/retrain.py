@@ -77,9 +77,10 @@ def incoming(settle, run):
 
 
 def unread(folders, root, sources):
-    "Names of the folders that no source holds."
+    "Names of the folders that no source holds; none where ingest will refuse the sources as they are."
+    if not isinstance(sources, list): return []
     paths = [root/s["path"] for s in several(root, sources) if isinstance(s, dict) and isinstance(s.get("path"), str)]
-    return sorted(f.name for f in folders if f.is_dir() and not any(f.is_relative_to(p) for p in paths))
+    return sorted(f.name for f in folders if f.is_dir() and not f.name.startswith(".") and not any(f.is_relative_to(p) for p in paths))
 
 
 @step("stage")

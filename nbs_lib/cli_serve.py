@@ -19,13 +19,13 @@ Device = Annotated[str, typer.Option(help='auto, cpu, or the number of a card.')
 Requests = Annotated[str, typer.Option(envvar='NBS_REQUESTS', show_default='data/requests/requests.db',
                                        help='Database for what was asked: sqlite:///… or postgresql://…')]
 Days = Annotated[float, typer.Option(help='For how long it is kept.')]
-Pictures = Annotated[Path, typer.Option('--keep-pictures', help='Folder for the pictures that were asked about. Default: none is kept.')]
+Pictures = Annotated[Path, typer.Option('--keep-pictures', help='Folder of its own for the pictures that were asked about. Default: none is kept.')]
 
 def _live(model, device, home):
     from nbs_lib.live import Live
     from nbs_lib.store import connect
     name, uri = model or section_of('publish')['model'], tracking_uri(workspace()/'data/mlflow')
-    return Live(workspace()/home/digest(name), lambda: connect(uri), name, device)
+    return Live(workspace()/home/digest(name, uri), lambda: connect(uri), name, device)
 
 def _follow(live):
     from nbs_lib.live import following

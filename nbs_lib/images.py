@@ -24,7 +24,7 @@ class Refused:
 @dataclass(frozen=True)
 class Picture:
     "A picture that was decoded to its last byte."
-    image: Image.Image  # upright, RGB, 8 bit; of a JPEG that was decoded `coarse` grey, and smaller than `size` where that is large
+    image: Image.Image  # upright, RGB, 8 bit; smaller than `size` where it was decoded `coarse`
     sha: str            # `content_hash` of the bytes as they came
     data: bytes         # what to keep: the bytes as they came, or PNG where they had to be changed
     suffix: str         # ending that fits `data`
@@ -59,7 +59,7 @@ def turn_boxes(
     return xyxy[:, [1, 0, 3, 2]] if FLIPS[turn][2] else xyxy
 
 # %% ../notebooks/api/02_images.ipynb #as-it-came
-FORMATS = 'JPEG PNG GIF WEBP AVIF BMP DIB TIFF PPM JPEG2000 TGA PCX ICO ICNS SGI QOI DDS'.split()
+FORMATS = 'JPEG PNG GIF WEBP AVIF BMP DIB TIFF PPM JPEG2000 TGA PCX ICO SGI QOI DDS'.split()
 KEPT = {'JPEG': '.jpg', 'PNG': '.png', 'WEBP': '.webp'}  # formats that every trainer reads, and their ending
 
 def _as_it_came(image, data):
@@ -75,7 +75,7 @@ def decode(
     *,
     max_pixels: int = 50_000_000,    # largest width × height that is decoded [pixels]
     min_side: int = 10,              # least width and height [pixels]; ultralytics drops what is smaller
-    coarse: bool = False,            # whether a JPEG's `image` may be grey, and smaller than its `size`, as `impression` would make it
+    coarse: bool = False,            # whether a JPEG's `image` may be smaller than its `size`, as `impression` would make it
     sha: str = None,                 # its `content_hash`, where that is known
 ):                                   # Picture, or Refused with a code
     "Decode a picture in full and bring it to RGB, 8 bit, upright. Raises nothing, whatever `data` is."
@@ -84,12 +84,12 @@ def decode(
         image = _opened(data)
         if (n := image.width * image.height) > max_pixels: return Refused('too_many_pixels', f'{n} pixels, more than {max_pixels}')
         size = image.size
-        if coarse and image.format == 'JPEG' and _as_it_came(image, data): drafted = image.draft('L', (ENOUGH, ENOUGH))
+        if coarse and image.format == 'JPEG' and _as_it_came(image, data): drafted = image.draft(None, (ENOUGH, ENOUGH))
         image.load()
         keep, format = _as_it_came(image, data), image.format
         turn = image.getexif().get(0x0112, 1)
         ImageOps.exif_transpose(image, in_place=True)  # a copy of the pixels would take as long as decoding them
-        upright = image if drafted else _rgb(image)
+        upright = _rgb(image)
     except Image.DecompressionBombError as e: return Refused('too_many_pixels', str(e))
     except UnidentifiedImageError: return _unknown(data)
     except Exception as e:
@@ -156,7 +156,7 @@ def decode_file(
 
 # %% ../notebooks/api/02_images.ipynb #impression
 def impression(
-    image: Image.Image,  # upright, RGB or grey
+    image: Image.Image,  # upright, RGB
 ) -> tuple:              # (mean luminance in [0, 255], 16 hex digits, standard deviation of the luminance in [0, 127.5])
     "Brightness, a perceptual hash (N. Krawetz, Kind of Like That, 2013: dHash), and contrast."
     times = 1 << max((min(image.size) - 1) // (ENOUGH - 1), 1).bit_length() - 1

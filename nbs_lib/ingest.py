@@ -97,8 +97,8 @@ class Checked:
         **limits,     # as for `decode`
     ):
         if folder: Path(folder).mkdir(parents=True, exist_ok=True)
-        self.limits, self.lock, self.known, self.new, self.held = limits, Lock(), 0, {}, 0
-        file = Path(folder)/f'{rules(**limits)}.sqlite' if folder else ''  # a temporary one
+        self.folder, self.limits, self.lock, self.known, self.new, self.held = folder, limits, Lock(), 0, {}, 0
+        file = Path(folder)/f'{rules(**limits)}.sqlite' if folder else ':memory:'
         try: self._open(file)
         except sqlite3.OperationalError: raise  # busy, or the disk is full
         except sqlite3.DatabaseError: file.unlink(); self._open(file)  # spoilt: begin anew
@@ -128,6 +128,7 @@ class Checked:
         p = decode(data, coarse=True, sha=sha, **self.limits)
         if isinstance(p, Refused): row = (p.code, p.detail, *[None] * 8)
         else: row = (None, None, *p.size, p.suffix, None if p.data is data else p.data, p.turn, *impression(p.image))
+        if row[5] and not self.folder: return row  # it is looked at again rather than kept
         with self.lock: row = self.new.setdefault(sha, row); self.held += len(row[5] or b'')
         if self.held > HEAVY: self.save()
         return row

@@ -47,7 +47,7 @@ class Bounds:
     pictures: int = 16             # in a request
     bytes: int = 20_000_000        # of a picture
     pixels: int = 50_000_000       # of a picture
-    held: int = 400_000_000        # pixels of all pictures that are decoded at a time, three bytes each
+    held: int = 400_000_000        # pixels of all pictures that are decoded at a time, four bytes each
     body: int = 64_000_000         # bytes of a request
     upload: float = 30             # seconds until a request must have arrived
     answer: float = 30             # seconds that a picture may wait for its answer

@@ -85,8 +85,8 @@ class Live:
         client = self.connect()
         with asking(client.tracking_uri):
             found = [(v, client.get_run(v.run_id).data.metrics) for v in versions(client, self.name)[:-most - 1:-1]]
-        answers = self.now and self.now.version
-        return [dict(version=str(v.version), created=v.created, aliases=v.aliases, metrics=m, answers=str(v.version) == answers) for v, m in found]
+        answers = self.now and [self.now.version, self.now.run]
+        return [dict(version=str(v.version), created=v.created, aliases=v.aliases, metrics=m, answers=_which(v) == answers) for v, m in found]
 
     def _become(self, bundle):
         before = self.now
@@ -122,6 +122,8 @@ class Asked:
     limits: tuple    # (conf, iou, max_det)
     answer: Future   # of (Loaded, Boxes)
 
+    def forget(self, _): self.image = None  # nobody waits for it any more
+
 class Line:
     "Pictures that wait for the model."
     def __init__(self,
@@ -137,7 +139,9 @@ class Line:
         self.live.answering()
         if len(images) > self.waiting.maxsize - self.waiting.qsize(): raise queue.Full
         asked = [Asked(image, (conf, iou, max_det), Future()) for image in images]
-        for one in asked: self.waiting.put(one, block=False)
+        for one in asked:
+            one.answer.add_done_callback(one.forget)
+            self.waiting.put(one, block=False)
         return [one.answer for one in asked]
 
     def _work(self):

@@ -162,6 +162,14 @@ GRACE = 3600              # a picture is younger than its row may be late [s]
 ENDINGS = {b'\xff\xd8\xff': '.jpg', b'\x89PNG': '.png', b'RIFF': '.webp'}
 OURS = re.compile(r'[0-9a-f]{16}\.(jpg|png|webp|bin)|\.[0-9a-f]{16}\..*\.tmp')  # files that are ours to delete
 
+def _own(folder, name):
+    "The folder, marked as that of a log. Raises `WrongCall` where it holds other things, which would be in danger."
+    mark = folder/'.requests'
+    if folder.exists() and any(folder.iterdir()) and not (mark.exists() and mark.read_text() == name):
+        raise WrongCall(f'{folder} is not the folder of {name} alone: name a new one for the pictures that are asked about')
+    with replacing(mark) as tmp: tmp.write_text(name)
+    return folder
+
 def _keep(folder, sha, data):
     "Write a picture by its hash; one that is there is as good as new."
     path = folder/f"{sha}{next((e for begin, e in ENDINGS.items() if data.startswith(begin)), '.bin')}"
@@ -261,7 +269,7 @@ def _line(e): return (str(e).strip().splitlines() or [''])[0][:300] if isinstanc
 
 # %% ../notebooks/api/25_requestlog.ipynb #request-log
 class RequestLog:
-    "Writes requests to a database, from a thread of its own. Raises `WrongCall` for an address that is none."
+    "Writes requests to a database, from a thread of its own. Raises `WrongCall` for an address that is none, and a folder that holds other things."
     def __init__(self,
         url: str,               # of the database: sqlite:///… or postgresql://…
         *,
@@ -269,7 +277,8 @@ class RequestLog:
         most: int = 10_000,     # rows that wait for the database; those beyond are dropped
         pictures: Path = None,  # folder that keeps the pictures by their hash; None: none is kept
     ):
-        self.db, self.queue, self.pictures = _Database(url), _Queue(most), pictures and Path(pictures)
+        self.db, self.queue = _Database(url), _Queue(most)
+        self.pictures = pictures and _own(Path(pictures), self.db.name)
         self.thread = threading.Thread(target=_work, args=(self.db, self.queue, days, self.pictures), name='request log', daemon=True)
         self.thread.start()
 

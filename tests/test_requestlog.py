@@ -142,13 +142,13 @@ def test_what_is_old_goes_with_its_picture(tmp_path):
     log = RequestLog(url, days=30, pictures=tmp_path/"pictures")
     for name, time_ in dict(a=old, b=None).items(): log.put(dict(ROW, id=name * 32, sha=name * 16, time=time_), b"\xff\xd8\xff" + name.encode())
     log.close(30)
-    assert len(ids(url)) == 2 and sorted(p.name for p in (tmp_path/"pictures").iterdir()) == [f"{'a' * 16}.jpg", f"{'b' * 16}.jpg"]
-    for path in (tmp_path/"pictures").iterdir(): os.utime(path, (0, old.timestamp()))
+    assert len(ids(url)) == 2 and sorted(p.name for p in (tmp_path/"pictures").glob("*.jpg")) == [f"{'a' * 16}.jpg", f"{'b' * 16}.jpg"]
+    for path in (tmp_path/"pictures").glob("*.jpg"): os.utime(path, (0, old.timestamp()))
     log = RequestLog(url, days=7, pictures=tmp_path/"pictures")  # which forgets when it starts
-    wait(lambda: len(list((tmp_path/"pictures").iterdir())) == 1, 60)
-    assert ids(url) == ["b" * 32] and [p.name for p in (tmp_path/"pictures").iterdir()] == [f"{'b' * 16}.jpg"]
+    wait(lambda: len(list((tmp_path/"pictures").glob("*.jpg"))) == 1, 60)
+    assert ids(url) == ["b" * 32] and [p.name for p in (tmp_path/"pictures").glob("*.jpg")] == [f"{'b' * 16}.jpg"]
     log.close()
     log = RequestLog(url)
     log.put(dict(ROW, sha="c" * 16), b"\xff\xd8\xff")
     log.close(30)
-    assert len(ids(url)) == 2 and len(list((tmp_path/"pictures").iterdir())) == 1  # nobody asked to keep it
+    assert len(ids(url)) == 2 and len(list((tmp_path/"pictures").glob("*.jpg"))) == 1  # nobody asked to keep it

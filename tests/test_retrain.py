@@ -71,9 +71,10 @@ def test_only_what_is_new_makes_a_version(finished, server):
 
 def test_a_batch_that_no_source_reads_is_told(tmp_path):
     from flows.retrain import unread
-    for name in ("a", "b"): (tmp_path/"incoming"/name).mkdir(parents=True)
+    for name in ("a", "b", ".c.tmp"): (tmp_path/"incoming"/name).mkdir(parents=True)
     of = lambda *paths: unread((tmp_path/"incoming").glob("*"), tmp_path, [dict(path=path) for path in paths])
     assert [of("cells"), of("incoming/b"), of("incoming/*"), of("incoming"), of(".")] == [["a", "b"], ["a"], [], [], []]
+    assert unread((tmp_path/"incoming").glob("*"), tmp_path, None) == []
 
 
 @pytest.mark.flows

@@ -252,12 +252,16 @@ def test_nothing_there_yet(two, tmp_path, pictures):
         refused = service.http.post("/update-model", json=dict(version="2"), headers=HOLDER)
         assert refused.status_code == 409 and "best.pt" in refused.json()["detail"] and service.http.get("/health/ready").json()["version"] == "1"
         assert "has no version '9'" in service.http.post("/update-model", json=dict(version="9"), headers=HOLDER).json()["detail"]
+    (fresh/"data/mlflow").rename(tmp_path/"aside")
+    with serving(fresh) as service:
+        service.ready()
+        assert service.predict(pictures[0]).json()["pictures"][0]["version"] == "1"
+        assert wait(lambda: "nothing was tracked yet" in service.said.read_text(), 60, .2)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        with serving(fresh, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{nobody.getsockname()[1]}") as service:
-            service.ready()
-            assert service.predict(pictures[0]).json()["pictures"][0]["version"] == "1"
+        with serving(fresh, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{nobody.getsockname()[1]}") as service:  # it may have another version 1
             assert wait(lambda: "does not answer" in service.said.read_text(), 60, .2)
+            assert service.predict(pictures[0]).json()["code"] == "no_model"
 
 
 def test_what_people_get_wrong_at_the_start(two):

@@ -252,8 +252,6 @@ def test_what_must_not_be_there(stack):
     text = "".join((stack.folder/"docker"/name).read_text() for name in ("compose.yaml", "compose.gpu.yaml", "Dockerfile"))
     assert not any(secret in history + text for secret in secrets)
     assert run("docker", "run", "--rm", "--entrypoint", "find", "nbs", "/workspace", "-name", "*.env") == ""
-    for service, place in (("jupyter", "/workspace"), ("jupyter", "/source"), ("worker", "/source")):
-        assert stack.inside(service, "cat", f"{place}/docker/stack.env") == "" != stack.inside(service, "cat", f"{place}/docker/stack.py")
     for service in (*SERVICES, "api", "consumer", "redis"):
         of, = json.loads(run("docker", "inspect", stack.name(service)))
         assert all(b["HostIp"] == "127.0.0.1" for ports in of["NetworkSettings"]["Ports"].values() for b in ports or [])
