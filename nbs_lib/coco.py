@@ -246,8 +246,8 @@ def _canonical(items, folder):
         if index is None: continue
         elif key == 'categories': names[v['id']] = v['name']
         elif key == 'images':
-            source, part = (same.setdefault(v[k], v[k]) for k in ('source', 'split'))
-            pictures.append((v['id'], folder/v['file_name'], (v['width'], v['height']), source, v['origin'], part, v['brightness'], v['looks'],
+            size, source, part = (same.setdefault(x, x) for x in ((v['width'], v['height']), v['source'], v['split']))
+            pictures.append((v['id'], folder/v['file_name'], size, source, v['origin'], part, v['brightness'], v['looks'],
                              v.get('contrast')))  # sets of earlier versions have none
         elif key == 'annotations':
             x, y, w, h = v['bbox']
@@ -256,7 +256,8 @@ def _canonical(items, folder):
     image, category, crowd = (np.asarray(of)[order] for of in (image, category, crowd))
     xyxy, label = from_xywh(np.asarray(edges).reshape(-1, 4)[order]), np.array([names[c] for c in category.tolist()], str)
     first, last = (np.searchsorted(image, [p[0] for p in pictures], side).tolist() for side in ('left', 'right'))
-    boxes = lambda a, b: Boxes(xyxy[a:b], label[a:b], crowd=crowd[a:b])
+    crowd = crowd if crowd.any() else None
+    boxes = lambda a, b: Boxes(xyxy[a:b], label[a:b], crowd=None if crowd is None else crowd[a:b])
     samples = [Sample(path, boxes(a, b), size, source, file, id, *rest) for a, b, (id, path, size, source, file, *rest) in zip(first, last, pictures)]
     if [told[k] for k in ('categories', 'images', 'annotations')] != [[]] * 3: raise TypeError('a list was expected')
     return samples, list(names.values()), told['info']

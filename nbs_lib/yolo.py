@@ -6,7 +6,7 @@
 __all__ = ['class_lists', 'label_of', 'read_yolo', 'yolo_labels', 'write_yolo', 'link']
 
 # %% ../notebooks/api/08_yolo.ipynb #imports
-import os, re, shutil
+import errno, os, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
@@ -162,7 +162,10 @@ def write_yolo(
     def write(part, samples):
         for s, label in zip(samples, yolo_labels(samples, names)):
             (put or link)(s.path, f'{out}/images/{part}/{s.path.name}')
-            with open(f'{out}/labels/{part}/{s.path.stem}.txt', 'wb') as f: f.write(label.encode())
+            file = os.open(f'{out}/labels/{part}/{s.path.stem}.txt', os.O_WRONLY | os.O_CREAT, 0o666)  # a file object would take as long as the rest
+            try: whole = os.write(file, label.encode()) == len(label)
+            finally: os.close(file)
+            if not whole: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f'{out}/labels')
         return len(samples)
     with ThreadPoolExecutor(cores()) as pool:
         for part, samples in parts.items():
