@@ -71,7 +71,7 @@ def incoming(settle, run):
     taken = [take(batch, RAW).name for batch in batches if batch.format]
     for folder in sorted(path for path in RAW.glob("*") if path.is_dir() and not path.with_name(f"{path.name}.dvc").exists()):
         follow(Command("dvc", "add", "--quiet", str(folder.relative_to(ROOT))))  # also what a killed run had taken
-    if names := unread(RAW.glob("*/"), ROOT/params("ingest")["root"], params("ingest")["sources"]):
+    if names := unread(RAW.glob("*"), ROOT/params("ingest")["root"], params("ingest")["sources"]):
         get_run_logger().warning(f"data/raw/incoming has {', '.join(names)}, which ingest.sources does not read: add {{path: incoming/*, format: auto}}")
     return taken, [b.path.name for b in batches if not b.format and not b.unclear]
 
