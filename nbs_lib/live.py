@@ -22,7 +22,7 @@ from .store import asking
 class Loaded:
     "A version that can answer."
     version: str        # of the registered model
-    run: str            # that made it
+    run_id: str         # of the run that made it
     model: str          # hash of its weights
     detector: Detector
     limits: dict        # conf, iou, max_det that it was published with
@@ -69,7 +69,7 @@ class Live:
         with self.lock:
             found = find(client := self.connect(), self.name, version)
             if version == 'champion': self.followed = _which(found)
-            if not self.now or [self.now.version, self.now.run] != _which(found):
+            if not self.now or _which(self.now) != _which(found):
                 self._become(download(client, self.name, found.version, self.home/f'version-{found.version}'))
             write_json(self.home/'last.json', dict(version=found.version, followed=self.followed))
             return self.now
@@ -85,7 +85,7 @@ class Live:
         client = self.connect()
         with asking(client.tracking_uri):
             found = [(v, client.get_run(v.run_id).data.metrics) for v in versions(client, self.name)[:-most - 1:-1]]
-        answers = self.now and [self.now.version, self.now.run]
+        answers = self.now and _which(self.now)
         return [dict(version=str(v.version), created=v.created, aliases=v.aliases, metrics=m, answers=_which(v) == answers) for v, m in found]
 
     def _become(self, bundle):
