@@ -42,7 +42,7 @@ def trained(here: Path, small: bool) -> Path:
     """The bundle of a detector that learned the demo set, ready to be served, made in a folder: its scenes lie in tree/images. It sees 640 pixels, four
     scenes side by side. A small one has hardly learned, and its boxes are sure of nothing."""
     train(demo(here, small), here/"models", here/"work", **settings("train", small, device="cpu"))
-    about = {"model": read_json(here/"models/model.json") | dict(imgsz=4 * settings("fetch", small)["side"]), "version": dict(version=1),
+    about = {"model": read_json(here/"models/model.json") | dict(imgsz=4 * settings("fetch", small)["side"]), "version": dict(version=1, run="bench"),
              "thresholds": dict(conf=1e-4 if small else .25, iou=.7, max_det=100)}
     for name, value in about.items(): write_json(here/f"models/{name}.json", value)
     return here/"models"
