@@ -48,22 +48,27 @@ def settings():
 
 def make_env():
     "Write docker/stack.env, which only its owner may read, where there is none."
-    if ENV.exists(): return add_secrets()
-    owner = ROOT.stat()
-    if owner.st_uid == 0: raise Wrong(f"{ROOT} belongs to root, and nothing in the stack runs as root: give it to somebody (`chown -R 1000:1000 {ROOT}`)")
+    if ENV.exists(): return complete()
+    owner, lines = ROOT.stat(), needed()
     with open(os.open(ENV, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        print("# The stack's own settings and secrets: not for git, not for others.", f"NBS_UID={owner.st_uid}", f"NBS_GID={owner.st_gid}",
-              *(f"{name}={begin}{secrets.token_hex(24)}" for name, begin in SECRETS.items()), OPTIONS, sep="\n", end="", file=file)
+        print("# The stack's own settings and secrets: not for git, not for others.", *lines, OPTIONS, sep="\n", end="", file=file)
     os.chown(ENV, owner.st_uid, owner.st_gid)
     print(f"{ENV.relative_to(ROOT)}: written")
 
 
-def add_secrets():
-    "Those that came with a newer version, to a docker/stack.env that is there."
-    new = [name for name in SECRETS if name not in settings()]
-    begin = "" if ENV.read_text().endswith("\n") else "\n"
-    with open(ENV, "a") as file: file.writelines([begin] + [f"{name}={SECRETS[name]}{secrets.token_hex(24)}\n" for name in new])
-    print(f"{ENV.relative_to(ROOT)}: {'now has ' + ', '.join(new) if new else 'kept as it is'}")
+def needed(known=()):
+    "Lines for what the stack cannot do without, but for what is known already."
+    owner = ROOT.stat()
+    if owner.st_uid == 0: raise Wrong(f"{ROOT} belongs to root, and nothing in the stack runs as root: give it to somebody (`chown -R 1000:1000 {ROOT}`)")
+    new = {name: begin + secrets.token_hex(24) for name, begin in SECRETS.items()}
+    return [f"{name}={value}" for name, value in dict(NBS_UID=owner.st_uid, NBS_GID=owner.st_gid, **new).items() if name not in known]
+
+
+def complete():
+    "Add to a docker/stack.env that is there what came with a newer version, or was taken out."
+    new, begin = needed(settings()), "" if ENV.read_text().endswith("\n") else "\n"
+    with open(ENV, "a") as file: file.writelines([begin] + [f"{line}\n" for line in new])
+    print(f"{ENV.relative_to(ROOT)}: {'now has ' + ', '.join(line.split('=')[0] for line in new) if new else 'kept as it is'}")
 
 
 def tell(*words):
@@ -134,15 +139,15 @@ def last(lines): return next((line.strip() for line in reversed(lines) if line.s
 def call(*words, **how): return told([*compose(), *words], **how)
 
 
-def told(command, **how):
-    "A command whose words go to people. Raises `Wrong` with its last one where it fails."
+def told(command, fine=(0,), **how):
+    "A command whose words go to people. Raises `Wrong` with its last one where it ends with another status than is fine."
     env = os.environ | dict(DOCKER_BUILDKIT="1", COMPOSE_DOCKER_CLI_BUILD="1")
     process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=env, **how)
     said = []
     for line in process.stderr:
         print(line, end="", file=sys.stderr)
         said.append(line.strip())
-    if process.wait(): raise Wrong(hint(said) or last(said))
+    if process.wait() not in fine: raise Wrong(hint(said) or last(said))
 
 
 def ill(services):
@@ -233,7 +238,7 @@ def backup(folder):
         with open(tmp/f"{name}.dump", "wb") as file: call("exec", "-T", "postgres", "pg_dump", "--username=nbs", "--format=custom", name, stdout=file)
     if not ran: call("stop", "postgres")
     for name in VOLUMES:
-        with open(tmp/f"{name}.tar", "wb") as file: tar(name, "--create", ".", stdout=file)
+        with open(tmp/f"{name}.tar", "wb") as file: tar(name, "--create", ".", fine=(0, 1), stdout=file)  # 1: files came, which no database knew
     tmp.rename(folder)
     print(f"stack: kept in {folder}: {', '.join(f'{p.name} {p.stat().st_size >> 20} MB' for p in sorted(folder.iterdir()))}")
 

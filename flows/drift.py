@@ -27,14 +27,14 @@ ROWS = 12  # comparisons in the picture
 
 
 def judged():
-    "The champion's version, the profile of the pictures that it was judged on, and the least score of their boxes; None without a champion."
+    "The champion's version and weights, the profile of the pictures that it was judged on, and the least score of their boxes; None without a champion."
     uri, name = tracking_uri(DATA/"mlflow"), params("publish", path=ROOT/"params.yaml")["model"]
     if (file := embedded_store(uri)) and not file.exists(): return None
     with asking(uri):
         if not (best := champion(client := connect(uri), name)): return None
         bundle = download(client, name, best.version, DATA/"champion")
     if not (bundle/"profile.json").is_file(): raise WrongCall(f"version {best.version} of {name!r} has no profile: `nbs publish` makes a version that has one")
-    return str(best.version), read_json(bundle/"profile.json"), read_json(bundle/"thresholds.json")["conf"]
+    return (str(best.version), read_json(bundle/"model.json")["tensors"]), read_json(bundle/"profile.json"), read_json(bundle/"thresholds.json")["conf"]
 
 
 def above(conf, samples, found):
@@ -48,22 +48,23 @@ def asked():
     return os.environ.get("NBS_REQUESTS") or (f"sqlite:///{own}" if own.is_file() else None)
 
 
-def batches(version, conf, since):
-    "Folders of batches that this champion scored since then, each with why it is left out, or None. A batch has no clock but its report's file."
+def batches(champion, conf, since):
+    """Folders of batches that this champion, as of `judged`, scored since then, each with why it is left out, or None. A batch has no clock but its
+    report's file."""
     for file in sorted((DATA/"predictions").glob("*/report.json")):
         about = read_json(file)
-        if about["version"] != version or file.stat().st_mtime < since.timestamp(): continue
+        if (about["version"], about["model"]) != champion or file.stat().st_mtime < since.timestamp(): continue
         higher = about["settings"]["conf"] > conf
         yield file.parent, f"it has boxes from score {about['settings']['conf']} on, the profile from {conf}" if higher else None
 
 
-def sources(version, conf, since, least):
+def sources(champion, conf, since, least):
     "What there is to compare: name → (samples, boxes); and a line for each that was left out, or could not be read."
     there, small, out, failed = {}, ([], []), {}, []
     if url := asked():
-        try: there["live"] = logged(rows(url, since=since, version=version))
+        try: there["live"] = logged(row for row in rows(url, since=since, version=champion[0]) if row["model"] == champion[1])
         except WrongCall as error: failed.append(str(error))
-    for folder, why in batches(version, conf, since):
+    for folder, why in batches(champion, conf, since):
         name = str(folder.relative_to(ROOT))
         if why: out[name] = why; continue
         try: of = scored(folder)
@@ -74,13 +75,13 @@ def sources(version, conf, since, least):
     return {name: of for name, of in there.items() if of[0]}, out, failed
 
 
-def look(version, reference, conf, since, alpha, effect, least):
+def look(champion, reference, conf, since, alpha, effect, least):
     """Compare each source with the profile: name → (profile, outcome); what was left out and what failed, as of `sources`.
 
     A batch is compared by itself, as it is what people can do something about: a camera, a day. Only those with too few pictures are put together. All
     comparisons of a run share its alpha, so that a run with many batches calls nobody more often.
     """
-    there, out, failed = sources(version, conf, since, least)
+    there, out, failed = sources(champion, conf, since, least)
     profiles = {name: above(conf, *of) for name, of in there.items()}
     among = max(1, sum(p["pictures"] >= least for p in profiles.values()))
     return {name: (p, compare(reference, p, alpha=alpha, effect=effect, least=least, among=among)) for name, p in profiles.items()}, out, failed
@@ -121,8 +122,8 @@ def work(hours, alpha, effect, least, request_retraining):
     if not 0 < hours < 1e6: raise WrongCall(f"hours says how far back, and cannot be {hours:g}")
     run, since = run_id(), datetime.now(UTC) - timedelta(hours=hours)
     if not (known := judged()): return Completed(name="Nothing to compare", message="nothing to compare: no version is champion yet")
-    version, reference, conf = known
-    compared, out, failed = look(version, reference, conf, since, alpha, effect, least)
+    (version, _), reference, conf = known
+    compared, out, failed = look(known[0], reference, conf, since, alpha, effect, least)
     lines = report(run, version, since, reference, compared, out) if compared else []
     if drifted := [name for name, (_, of) in compared.items() if of["verdict"] == "drifted"]:
         notify("pictures drifted", "\n".join(lines[:len(drifted)]), True)

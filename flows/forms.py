@@ -1,14 +1,16 @@
 """The sections of params.yaml as parameters of a flow: Prefect's form shows each key with its type, its meaning and what params.yaml says."""
 import builtins, inspect
 from contextlib import chdir
+from functools import cache
 
 from pydantic import ConfigDict, Field, create_model
 
 from flows.home import ROOT
 from flows.stage import stage_notebooks
-from nbs_lib.config import COMMANDS, read_yaml
+from nbs_lib.config import COMMANDS, params, read_yaml
 
 
+@cache
 def declared():
     "Key → (type, meaning) of each section, as the notebooks of the stages and the commands declare them."
     import papermill
@@ -17,6 +19,12 @@ def declared():
     stages = {name: {key: (getattr(builtins, told["inferred_type_name"]), told["help"]) for key, told in cell.items() if key != "out"}
               for name, cell in cells.items()}
     return stages | {name: {key: (kind, "") for key, kind in keys.items()} for name, keys in COMMANDS.items()}
+
+
+def typed(section, **values):
+    "Values that people gave for a section, as the stage or command that has it would take them. Raises what `params` raises."
+    kinds = {key: kind for key, (kind, _) in declared()[section].items()}
+    return params(section, dict(__annotations__=kinds), path=ROOT/"params.yaml", **values)
 
 
 def form(name, keys, usual):

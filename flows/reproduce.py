@@ -85,7 +85,8 @@ def reproduce(version, model, noise, folder):
     with asking(uri):
         found = find(client := connect(uri), model, version)
         tags = client.get_run(found.run_id).data.tags
-    if folder.exists() and {p.name for p in folder.iterdir()} - {"kept", "workspace"}: raise WrongCall(f"{folder} is not empty: name a new folder")
+    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if there - {"kept", "workspace"} or there == {"workspace"}: raise WrongCall(f"{folder} is not empty: name a new folder")
     for name in ("kept", "workspace"): shutil.rmtree(folder/name, ignore_errors=True)
     kept.mkdir(parents=True)
     attached(client, found.run_id, kept)

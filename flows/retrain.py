@@ -7,7 +7,7 @@ from prefect import flow, get_run_logger
 from prefect.states import Completed
 
 from flows.commands import STAGE, Command, ask, remote
-from flows.forms import chosen, with_sections
+from flows.forms import chosen, typed, with_sections
 from flows.home import ROOT
 from flows.notify import notify
 from flows.once import once
@@ -16,9 +16,9 @@ from flows.report import tell
 from flows.runs import guarded, one_line, step
 from flows.score import champion, planned, score
 from flows.stage import check_params, end_survivors, stage_notebooks
-from nbs_lib.config import WrongCall, digest, edit_params, file_digest, params, read_json, replacing, run_id, tracking_uri, write_json
+from nbs_lib.config import WrongCall, digest, edit_params, file_digest, overlay, params, read_json, replacing, run_id, tracking_uri, write_json
 from nbs_lib.formats import several
-from nbs_lib.incoming import gather, take, waiting
+from nbs_lib.incoming import gather, judged, take, take_rest, waiting
 
 CACHE, INCOMING, RAW, PATCHES = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming", ROOT/"data/patches.jsonl"
 DONE = CACHE/"retrain.json"  # the state that was published and judged last
@@ -47,7 +47,9 @@ def pull(refetch, far):
 @step("preflight")
 def preflight(values):
     "Take what the form says; refuse what would fail hours later; end what a killed run left."
-    for section, of in values.items(): params(section, path=ROOT/"params.yaml", **of)
+    for section, of in values.items(): typed(section, **of)
+    for (section, key), value in overlay(env := os.environ.get("NBS_ENV"), path=ROOT/"params.yaml").items():
+        if values.get(section, {}).get(key, value) != value: raise WrongCall(f"{section}.{key} is {value} in NBS_ENV={env}, whatever a run asks for")
     if values:
         edit_params(values, path=ROOT/"params.yaml")
         get_run_logger().info(f"written into params.yaml: {values}")
@@ -64,16 +66,20 @@ def incoming(settle, run):
     if (file := os.environ.get("NBS_DECISIONS")) and file_digest(file) != file_digest(PATCHES):
         with replacing(PATCHES) as tmp: shutil.copyfile(file, tmp)
         get_run_logger().info(f"people's decisions on dead letters are those of {file}")
-    gather(INCOMING, run, settle)
+    (taken, closed), gathered = take_rest(INCOMING, RAW), gather(INCOMING, run, settle)
     batches = waiting(INCOMING, settle)
+    if gathered and gathered not in [b.path for b in batches]: batches.append(judged(gathered))  # its files were left alone, it was made just now
     for batch in batches:
         if batch.unclear: get_run_logger().warning(f"{batch.path.relative_to(ROOT)} is left where it lies: {batch.why}")
-    taken = [take(batch, RAW).name for batch in batches if batch.format]
-    for folder in sorted(path for path in RAW.glob("*") if path.is_dir() and not path.with_name(f"{path.name}.dvc").exists()):
-        follow(Command("dvc", "add", "--quiet", str(folder.relative_to(ROOT))))  # also what a killed run had taken
+    for batch in (b for b in batches if b.format):
+        try: taken.append(take(batch, RAW))
+        except OSError as error: closed.append(str(error))
+    for why in closed: get_run_logger().warning(f"a batch cannot be taken yet: {why}")
+    for folder in sorted(path for path in RAW.glob("[!.]*") if path.is_dir() and not path.with_name(f"{path.name}.dvc").exists()):
+        Command("dvc", "add", str(folder.relative_to(ROOT))).end()  # also what a killed run had taken
     if names := unread(RAW.glob("*"), ROOT/params("ingest")["root"], params("ingest")["sources"]):
         get_run_logger().warning(f"data/raw/incoming has {', '.join(names)}, which ingest.sources does not read: add {{path: incoming/*, format: auto}}")
-    return taken, [b.path.name for b in batches if not b.format and not b.unclear]
+    return [folder.name for folder in taken], [b.path.name for b in batches if not b.format and not b.unclear]
 
 
 def unread(folders, root, sources):
@@ -108,8 +114,8 @@ def publish():
 
 
 @step("gate")
-def gate():
-    follow(done := Command("nbs", "gate", "--json"), 3)
+def gate(version):
+    follow(done := Command("nbs", "gate", str(version), "--json"), 3)
     return json.loads(done.said[-1])
 
 
@@ -147,9 +153,10 @@ def work(settle, refetch, values, run):
         return Completed(name="Nothing new", message="nothing new: data, code and parameters are those of the last run")
     keep_edited()
     reproduce(far)
-    published, judged = publish(), gate()
+    seen, published = state(), publish()
+    judged = gate(published["version"])
     if far: push()
-    write_json(DONE, state())
+    write_json(DONE, seen)  # what is edited while the gate is at work is new to the next run
     tell(run, taken, scored(waits), published, judged)
     outcome = f"version {judged['version']} {judged['text']}"
     if judged["new"]: notify(f"model {'promoted' if judged['promoted'] else 'refused'}", outcome, not judged["promoted"])

@@ -63,11 +63,12 @@ def guarded(lock, busy, work, failed):
     """
     with alone(lock) as free:
         if not free: return Completed(name="Skipped", message=f"skipped: another run {busy} in this workspace")
-        close_dead()
         with leash(*parent()):
-            try: return work()
-            except (WrongCall, OSError) as error:
-                notify(failed(error) if callable(failed) else failed, str(error), True)
+            try:
+                close_dead()
+                return work()
+            except Exception as error:
+                notify(failed(error) if callable(failed) else failed, str(error) or type(error).__name__, True)
                 raise
 
 

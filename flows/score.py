@@ -7,7 +7,7 @@ from prefect import flow, runtime
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed
 
-from flows.forms import chosen, with_sections
+from flows.forms import chosen, typed, with_sections
 from flows.home import ROOT
 from flows.once import once
 from flows.runs import guarded
@@ -30,7 +30,7 @@ def champion():
 def planned(bundle, source, values):
     "What is to be done for a batch. Raises `WrongCall` for one that is empty or gone."
     name = batch_name(source, ROOT, DATA/"incoming")
-    p = params("score", path=ROOT/"params.yaml", **{**values, "pictures": source})
+    p = typed("score", **{**values, "pictures": source})
     return plan(bundle, DATA/"predictions"/name, DATA/"cache/score"/name, DATA/"cache/runtimes", ROOT, **p)
 
 
@@ -46,7 +46,7 @@ def batches(pictures, batch):
 def work(pictures, batch, each, values):
     "What a run does, once it is alone."
     end_survivors()
-    bundle, pictures = champion(), pictures or params("score", path=ROOT/"params.yaml", **values)["pictures"]
+    bundle, pictures = champion(), pictures or typed("score", **values)["pictures"]
     told, failed = [], []
     for source in batches(pictures, batch):
         try:

@@ -5,9 +5,8 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
-from flows.forms import declared
-from flows.home import ROOT
-from nbs_lib.config import WrongCall, coerce, digest, nearest, params, read_yaml
+from flows.forms import declared, typed
+from nbs_lib.config import WrongCall, coerce, digest, nearest, read_yaml
 
 MOST = 1000  # sets of a grid
 
@@ -19,7 +18,7 @@ class Stage:
 
     def __post_init__(self):
         self.kinds = {key: kind for key, (kind, _) in declared()[self.name].items()}
-        self.usual = params(self.name, dict(__annotations__=self.kinds), path=ROOT/"params.yaml")  # as it is now: people edit it meanwhile
+        self.usual = typed(self.name)  # as it is now: people edit it meanwhile
 
     def whole(self, values: dict,  # key → value; None keeps what params.yaml says
               where: str           # they stand, for the message

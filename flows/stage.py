@@ -164,9 +164,10 @@ def export(executed, why, exporter):
 
 
 def remember(stage, executed, since):
-    "Let the report that the stage wrote lead to its notebook, which publishing attaches; an experiment wrote elsewhere."
+    "Let the report that the stage wrote lead to its notebook, which publishing attaches; an experiment wrote elsewhere, maybe beside the pipeline."
+    new = lambda file: file.is_file() and file.stat().st_mtime >= since
     report = Path("data/reports")/f"{stage}.json"
-    if report.is_file() and report.stat().st_mtime >= since: link(report, executed, Path("data/cache/executed"))
+    if new(report) and not new(executed.parent/f"reports/{stage}.json"): link(report, executed, Path("data/cache/executed"))
 
 
 def run(stage, given, token, stopped):

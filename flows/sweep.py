@@ -86,7 +86,8 @@ class Sweep:
         "One set; its row. A set that is being tried already is waited for."
         whole = self.stage.whole(values, self.name)
         run = f"{self.name}-{digest(self.stage.name, whole)[:8]}"
-        row, done, mine = dict(run=run, set=values), RUNS/run/"sweep.json", digest(self.stage.name, whole, self.needs)
+        row, done = dict(run=run, set=values), RUNS/run/"sweep.json"
+        mine = digest(self.stage.name, whole, self.needs, file_digest(ROOT/(whole.get("model") or "")))
         with self.locks[run]:
             if not (done.is_file() and read_json(done) == mine):
                 done.unlink(missing_ok=True)
@@ -159,7 +160,7 @@ def stage_of(notebook: str,  # path, or the stage's name
              path: Path      # the same seen from where it was typed
              ):
     "The stage that is meant."
-    stages = stage_notebooks()
+    stages = {name: file for name, file in stage_notebooks().items() if name != "score"}  # which reports nothing to compare
     for name, file in stages.items():
         if notebook == name or path == file.resolve(): return Stage(name)
     raise WrongCall(f"{notebook} is no stage notebook.{nearest(path.stem.partition('_')[2] or notebook, stages)}")

@@ -7,7 +7,7 @@ __all__ = ['app', 'letters_app', 'File', 'Decisions', 'main', 'ingest', 'export'
            'replace', 'redrive']
 
 # %% ../notebooks/api/40_cli.ipynb #imports
-import json, sys
+import json, sqlite3, sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +32,10 @@ def main():
     "Run `nbs`. A wrong call is one line and status 2; Ctrl-C is status 130."
     sys.stdout.reconfigure(errors='backslashreplace')  # names of files may hold what no terminal can show
     try: app()
-    except (WrongCall, OSError) as e: print(f'nbs: {e}', file=sys.stderr); sys.exit(2)
+    except (WrongCall, OSError) as e: print(f'nbs: {e}', file=sys.stderr)
+    except sqlite3.Error as e: print(f'nbs: {e}; TMPDIR names the folder for what does not fit into the memory', file=sys.stderr)
+    else: return
+    sys.exit(2)
 
 # %% ../notebooks/api/40_cli.ipynb #ingest
 @app.command()

@@ -46,19 +46,23 @@ def _made():
     code = code_state(home, ['dvc.lock', 'data/reports'])
     return Made(data/'models', data/'processed', data/'reports', home/'params.yaml', home/'dvc.lock', executed, data/'cache/publish', name, code)
 
-def _state(made, uri, settings):
-    "A hash of all that publishing and judging look at. None where it is not known without asking: of a server."
-    if not (store := embedded(uri)) or not store.is_file(): return None
+def _seen(made, settings):
+    "A hash of all files that publishing and judging look at."
     files = [made.params, made.lock, *sorted(f for folder in (made.models, made.reports) for f in folder.glob('*'))]
-    return digest(settings, made.executed, store.stat().st_mtime_ns, [(f, file_digest(f)) for f in files])
+    return digest(settings, made.executed, [(f, file_digest(f)) for f in files])
 
-def _before(made, uri, settings):
+def _state(seen, uri):
+    "The same with the store. None where it is not known without asking: of a server."
+    if (store := embedded(uri)) and store.is_file(): return digest(seen, store.stat().st_mtime_ns)
+
+def _before(made, uri, seen):
     "What both gave the last time, where nothing changed since."
     told = read_json(made.work/'judged.json') if (made.work/'judged.json').is_file() else {}
-    return told if told.get('state') and told['state'] == _state(made, uri, settings) else {}
+    return told if told.get('state') and told['state'] == _state(seen, uri) else {}
 
-def _remember(made, uri, settings, done, kept):
-    if not (state := _state(made, uri, settings)): return
+def _remember(made, uri, seen, done, kept):
+    "`seen` is from before, so that what was edited meanwhile is judged the next time."
+    if not (state := _state(seen, uri)): return
     again = dict(done=done | dict.fromkeys(('changed', 'made', 'registered'), False), kept=kept | dict(new=False))
     write_json(made.work/'judged.json', dict(state=state, **again))
 
@@ -72,20 +76,25 @@ def publish(
     "Give the run in MLflow its evaluation, reports and notebooks, and register its model; again does nothing."
     from nbs_lib.publish import publish
     made, uri, settings = _made(), tracking_uri(workspace()/'data/mlflow'), section_of('publish', model=model)
-    told = _before(made, uri, settings) if judged else {}
+    seen = _seen(made, settings) if judged else None
+    told = _before(made, uri, seen) if judged else {}
     done = told.get('done') or publish(uri, experiment_name(), made, **settings)
     if not as_json: print(f"{'published' if done['changed'] else 'published before'}: run {done['name']}{', made from files' * done['made']}; "
                           f"version {done['version']}{', new' * done['registered']}", flush=True)
     if not judged: return print(json.dumps(done)) if as_json else None
     kept = told.get('kept') or _judged(str(done['version']), model)
-    if not told: _remember(made, uri, settings, done, kept)
+    if not told: _remember(made, uri, seen, done, kept)
     _tell(kept, done | dict(gate=kept), as_json)
 
 def _candidate(client, name):
-    "The version of the workspace's model."
+    "The version of the workspace's model: the one that was published from what lies there now, else the newest with the same weights."
+    from nbs_lib.publish import bundle_digest
     from nbs_lib.registry import versions
-    tensors = read_json(workspace()/'data/models/model.json')['tensors']
-    if found := [v for v in versions(client, name) if v.tags.get('nbs.model') == tensors]: return found[-1].version
+    made, tags = _made(), {v.version: v.tags for v in versions(client, name)}
+    tensors = read_json(made.models/'model.json')['tensors']
+    if found := [v for v in tags if tags[v].get('nbs.model') == tensors]:
+        mark = bundle_digest(made, section_of('publish')['exports'])
+        return next((v for v in found if tags[v].get('nbs.bundle') == mark), found[-1])
     raise WrongCall(f'the model in data/models is no version of {name!r} yet: `nbs publish` registers it')
 
 def _judged(version, model):

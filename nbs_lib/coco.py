@@ -204,18 +204,19 @@ def write_coco(
 ):
     "Write samples as COCO, whole or not at all."
     number = {n: i for i, n in enumerate(names, 1)}
-    lists = dict(categories=(dict(id=i, name=n) for n, i in number.items()), images=map(_image, samples, count(1)), annotations=_annotations(samples, number))
+    lists = dict(categories=(json.dumps(dict(id=i, name=n)) for n, i in number.items()), images=map(_image, samples, count(1)),
+                 annotations=_annotations(samples, number))
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8') as f:
         f.write(json.dumps({'info': info or {}})[:-1])
         for key, rows in lists.items():
             f.write(f',\n"{key}": [')
-            for i, row in enumerate(rows): f.write((',' if i else '') + '\n' + json.dumps(row))
+            for i, row in enumerate(rows): f.write((',\n' if i else '\n') + row)
             f.write(']')
         f.write('}\n')
 
 def _image(s, id):
-    return dict(id=id, file_name=s.path.name, width=s.size[0], height=s.size[1], split=s.split, source=s.source, origin=s.file,
-                brightness=s.brightness, looks=s.looks, contrast=s.contrast)
+    return json.dumps(dict(id=id, file_name=s.path.name, width=s.size[0], height=s.size[1], split=s.split, source=s.source, origin=s.file,
+                           brightness=s.brightness, looks=s.looks, contrast=s.contrast))
 
 def _annotations(samples, number, some=256):
     id = count(1)
@@ -223,7 +224,8 @@ def _annotations(samples, number, some=256):
         sets = [s.boxes for s in samples[start:start + some]]
         every, images = join(sets), np.repeat(np.arange(len(sets)) + start + 1, [len(b) for b in sets])
         for image, xywh, label, crowd in zip(images.tolist(), to_xywh(every.xyxy).round(3).tolist(), every.label.tolist(), every.is_crowd.tolist()):
-            yield dict(id=next(id), image_id=image, category_id=number[label], bbox=xywh, area=round(xywh[2] * xywh[3], 3), iscrowd=int(crowd))
+            yield (f'{{"id": {next(id)}, "image_id": {image}, "category_id": {number[label]}, "bbox": {xywh}, '  # numbers are in JSON as in Python
+                   f'"area": {round(xywh[2] * xywh[3], 3)}, "iscrowd": {int(crowd)}}}')
 
 # %% ../notebooks/api/06_coco.ipynb #load-coco
 def load_coco(

@@ -256,18 +256,24 @@ def _ending(stop):
 
 # %% ../notebooks/api/38_consume.ipynb #redrive
 BACK = """
-local one = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-if not one then return 0 end
-redis.call('XADD', KEYS[2], '*', unpack(one[2], 1, #one[2] - ARGV[1])); redis.call('XDEL', KEYS[1], one[1])
-return 1
+local one = redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', 1)[1]
+if not one then return {} end
+local message = #one[2] - ARGV[2]
+if message > 0 then redis.call('XADD', KEYS[2], '*', unpack(one[2], 1, message)); redis.call('XDEL', KEYS[1], one[1]) end
+return {one[1], message}
 """
 
 def redrive(
     url: str,                  # as for `consume`
     stream: str = 'pictures',  # the dead letters lie in <stream>:dead
 ) -> int:                      # how many
-    "Put the dead letters of a stream back on it. Raises what `consume` raises."
+    "Put the dead letters of a stream back on it, all whose message was not trimmed before they were written. Raises what `consume` raises."
     streams = _Group(url, stream, '', '', f'redrive-{os.getpid()}', print, threading.Event())
     streams.check()
-    back, dead, added = streams.redis.register_script(BACK), f'{stream}:dead', 2 * len(DEAD)
-    return sum(streams.ask(lambda redis: back([dead, stream], [added])) for _ in range(streams.ask(lambda redis: redis.xlen(dead))))
+    back, dead, added, at, put, empty = streams.redis.register_script(BACK), f'{stream}:dead', 2 * len(DEAD), '-', 0, 0
+    for _ in range(streams.ask(lambda redis: redis.xlen(dead))):
+        if not (found := streams.ask(lambda redis: back([dead, stream], [at, added]))): break  # somebody else does it, too
+        (milliseconds, place), whole = found[0].decode().split('-'), found[1] > 0
+        at, put, empty = f'{milliseconds}-{int(place) + 1}', put + whole, empty + (not whole)
+    if empty: streams.say(f'{empty} dead letters stay in {dead}: their messages were trimmed from {stream} before')
+    return put

@@ -11,7 +11,7 @@ import hashlib, json, re, sqlite3
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -269,10 +269,10 @@ def record_history(
     run: str,       # id of the run
     at: str,        # time of the run, ISO 8601
 ):
-    "Note what a run saw. A letter that is gone was `solved`, `dropped` or `replaced`."
+    "Note what a run saw. A letter that is gone was `solved`, `dropped` or `replaced`. Raises `WrongCall` where SQLite cannot work with the file."
     Path(db).parent.mkdir(parents=True, exist_ok=True)
-    seen = ((l.id, l.code, l.source, l.file.encode(errors='replace').decode(), at, at, run) for l in letters)
-    with closing(sqlite3.connect(db, timeout=60)) as con, con:
+    seen = ((l.id, l.code, *(v.encode(errors='replace').decode() for v in (l.source, l.file)), at, at, run) for l in letters)
+    with _opened(db) as con:
         con.execute("""CREATE TABLE IF NOT EXISTS letters (id TEXT PRIMARY KEY, code, source, file, first_seen, last_seen, attempts, status, run)""")
         con.executemany("""INSERT INTO letters VALUES (?, ?, ?, ?, ?, ?, 1, 'open', ?) ON CONFLICT (id) DO UPDATE SET
             attempts = attempts + (run <> excluded.run), last_seen = excluded.last_seen, status = 'open', run = excluded.run""", seen)
@@ -284,9 +284,15 @@ def read_history(
     db: Path,  # SQLite file
     id: str,   # of a letter
 ) -> dict:     # first_seen, last_seen, attempts, status, run; empty where the letter never was seen
-    "What is known of a letter over time."
+    "What is known of a letter over time. Raises what `record_history` raises."
     if not Path(db).exists(): return {}
-    with closing(sqlite3.connect(db, timeout=60)) as con:
+    with _opened(db) as con:
         con.row_factory = sqlite3.Row
         row = con.execute('SELECT first_seen, last_seen, attempts, status, run FROM letters WHERE id = ?', (id,)).fetchone()
     return dict(row or {})
+
+@contextmanager
+def _opened(db):
+    try:
+        with closing(sqlite3.connect(db, timeout=60)) as con, con: yield con
+    except sqlite3.DatabaseError as e: raise WrongCall(f'{db}: {e}; where it stays so, move it away: a new history begins') from None

@@ -50,7 +50,8 @@ def device_name(
 ) -> str:      # as ultralytics has it
     "A device's name. Raises `WrongCall` for a card that is not there."
     import torch
-    cards, there = ([] if name in ('auto', 'cpu', 'mps') else name.split(',')), torch.cuda.device_count()
+    name, there = str(name), torch.cuda.device_count()  # YAML makes a number of 0
+    cards = [] if name in ('auto', 'cpu', 'mps') else name.split(',')
     if missing := [c for c in cards if not (c.isdigit() and int(c) < there)]:
         raise WrongCall(f"device {name!r}: there is no card {missing[0]!r}, this machine has {there}; use auto or cpu")
     return '' if name == 'auto' else name

@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from .boxes import Boxes
+from .config import sendable
 
 # %% ../notebooks/api/04_draw.ipynb #colours
 def colours(
@@ -36,7 +37,7 @@ def show_boxes(
 ):                        # the matplotlib Axes
     "One picture with its boxes."
     ax = ax or plt.subplots(figsize=(4, 4))[1]
-    _show(ax, image); ax.set_title(title, fontsize=8, parse_math=False); ax.axis('off')
+    _show(ax, image); ax.set_title(sendable(title), fontsize=8, parse_math=False); ax.axis('off')
     for b in (truth.xyxy if truth else ()):
         for style in (dict(color='black'), dict(color='white', linestyle=(0, (3, 3)))): ax.add_patch(_outline(b, linewidth=1.2, **style))
     if boxes is None: return ax

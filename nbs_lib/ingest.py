@@ -300,11 +300,11 @@ def _write(out, intake):
                   patches=intake.patches.report(), classes={n: count[n] for n in intake.judging['classes'] or sorted(count)},
                   splits=dict(sorted(Counter(s.split or 'none' for s in samples).items())), recognised=intake.recognised)
     assert balanced(report), f"the account does not add up: {report}"
-    kept = {s.path.name for s in samples}
-    for p in out.glob('images/*'):
-        if p.name not in kept: p.unlink()
     letters.write(out/'dead_letters.jsonl')
     write_coco(out/'annotations.json', samples, list(report['classes']), report)
+    kept = {s.path.name for s in samples}
+    for p in out.glob('images/*'):  # now that nothing names it
+        if p.name not in kept: p.unlink()
     return report
 
 # %% ../notebooks/api/13_ingest.ipynb #redrive

@@ -119,7 +119,7 @@ class Tree:
     _called = cached_property(lambda self: {str(f).casefold(): f for f in (*self.unreadable, *self.files)})
 
     def __contains__(self, path): return self.called(path) is not None
-    def called(self, path): return self._called.get(str(path).casefold())  # the file that is called so, in small letters or capitals
+    def called(self, path): return self.plain.get(str(path)) or self._called.get(str(path).casefold())  # so, or else in other letters, small or capital
     def real(self, path): return self.plain.get(str(path)) or path.resolve()
     def holds(self, path): return Path(os.path.realpath(path)).is_relative_to(self.root)
     def endswith(self, *suffixes): return [f for f in self.files if str(f).lower().endswith(suffixes)]

@@ -7,6 +7,7 @@ __all__ = ['SPLITS', 'part_of', 'dead_rate', 'split']
 
 # %% ../notebooks/api/14_split.ipynb #imports
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .boxes import Sample
 from .coco import load_coco, write_coco
@@ -50,7 +51,7 @@ def split(
     interim = Path(interim)
     samples, names, info = load_coco(interim/'annotations.json', interim/'images')
     letters = interim/'dead_letters.jsonl'
-    if info['file_letters'] and max_dead_rate < 1: raise WrongCall(f"{info['file_letters']} annotation file(s) could not be read: {letters} says which")
+    if (n := info['file_letters']) and max_dead_rate < 1: raise WrongCall(f"{n} letter(s) are about a whole file or folder: {letters} says which, and why")
     if not samples: raise WrongCall(f"no usable picture among {info['pictures']}: {letters} says why")
     if not any(len(s.boxes) for s in samples): raise WrongCall(f"no usable box on {len(samples)} pictures: {letters} says why")
     if (rate := dead_rate(info)) > max_dead_rate:
@@ -68,8 +69,11 @@ def _why(keep, samples, val, test):
 
 # %% ../notebooks/api/14_split.ipynb #tree
 def _tree(out, parts, names):
-    write_yolo(out, parts, names)
-    for part, samples in parts.items(): write_coco(out/f'{part}.json', samples, names)
+    "The COCO files are written while the label files' threads wait for the file system."
+    with ThreadPoolExecutor(1) as pool:
+        files = [pool.submit(write_coco, out/f'{part}.json', samples, names) for part, samples in parts.items()]
+        write_yolo(out, parts, names)
+        for file in files: file.result()
 
 def _report(parts, names):
     boxes = {p: Counter(l for s in samples for l in s.boxes.label.tolist()) for p, samples in parts.items()}

@@ -243,7 +243,11 @@ def _group(reading, path, records, options, share, seen, mended):
     tree, file, (row, first) = reading.tree, reading.tree.relative(path), records[0]
     columns = columns_of(tuple(first), options.fields)
     parse = partial(object_of, options=options, nested='objects' in columns)
-    find = lambda record: (_picture(reading, path, row, record, options, seen), _objects([(row, record), *records[1:]], options))
+    def find(record):
+        *picture, id = _picture(reading, path, row, record, options, seen)
+        objects = _objects([(row, record), *records[1:]], options)
+        seen.add(id)
+        return picture, objects
     found = reading.attempt(find, first, 'picture', file, row)
     if found is None: return
     (picture, data), objects = ((None, None), []) if isinstance(found, Letter) else found
@@ -270,7 +274,7 @@ def _objects(records, options):
 
 # %% ../notebooks/api/09_tables.ipynb #picture
 def _picture(reading, path, row, record, options, seen):
-    "(path, bytes where the record holds them)"
+    "(path, bytes where the record holds them, id or None)"
     columns = columns_of(tuple(record), options.fields)
     name, data = record.get(columns.get('picture')), record.get(columns.get('data'))
     found = None if data or name is None else _found(reading, path, str(name).strip())
@@ -278,11 +282,9 @@ def _picture(reading, path, row, record, options, seen):
     if (id := record.get(dict(options.fields).get('id'))) is not None:
         if type(id) not in (int, str): raise Fault('malformed_record', f'the id must be a whole number or text, not {id!r}')
         if id in seen: raise Fault('duplicate_id', f'record {id!r} was listed before')
-    if data: found = path.with_name(f'{path.name}#{row}'), _decoded(data)
-    elif isinstance(found, Fault): raise found
-    else: found = found, None
-    if id is not None: seen.add(id)
-    return found
+    if data: return path.with_name(f'{path.name}#{row}'), _decoded(data), id
+    if isinstance(found, Fault): raise found
+    return found, None, id
 
 def _found(reading, path, name):
     "The picture, or the Fault: it is named, even where the record turns out bad."

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .boxes import EDGES, Sample
 from .config import WrongCall
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Reading, bytes_of, is_name, likeliest, need, numbers, sample_of, split_in, unlabelled, unread
+from .source import PICTURES, Found, Reading, bytes_of, is_name, likeliest, need, numbers, sample_of, split_in, unlabelled, unread
 
 # %% ../notebooks/api/07_voc.ipynb #read-voc
 def read_voc(
@@ -35,12 +35,21 @@ def read_voc(
     closed = [f for f in tree.unreadable if f.suffix.lower() == '.xml']
     files, sets = sorted([*tree.endswith('.xml'), *closed]), _image_sets(tree)
     if not files: raise WrongCall(f"{source}: no XML file there, as Pascal VOC has one for each picture")
-    for path in files: yield from _voc_file(reading, path, sets, partial(_voc_box, one_based=one_based))
+    silent = set()  # stems of files that name no picture: each is a letter of its own
+    for path in files:
+        items = [*_voc_file(reading, path, sets, partial(_voc_box, one_based=one_based))]
+        if not any(isinstance(item, Found) for item in items): silent.add(path.stem.casefold())
+        yield from items
     yield None  # what a person put in place of a picture is known before it is said that nothing names it
-    stems = {path.stem.casefold() for path in files}  # a broken XML is a letter of its own, and a mask has the name of its picture
-    for picture in (p for p in reading.left() if p.stem.casefold() not in stems):
+    named = {p.stem.casefold(): p.suffix.lower() for p in reading.named}
+    for picture in (p for p in reading.left() if p.stem.casefold() not in silent and not _mask(tree, p, named)):
         yield unlabelled(reading, picture, background, 'no XML file names this picture')
     yield from unread(reading, closed)
+
+def _mask(tree, picture, named):
+    "Whether it is the mask of a picture that has its name: another kind of file, or in a folder that says so."
+    kind = named.get(picture.stem.casefold())
+    return kind is not None and (kind != picture.suffix.lower() or re.search('mask|segm', os.path.dirname(tree.relative(picture)), re.I) is not None)
 
 def _image_sets(tree):
     "The split of each stem that ImageSets/*/{train,val,test}.txt lists; the test part wins."

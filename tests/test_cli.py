@@ -1,5 +1,5 @@
 "`nbs` as people and programs call it."
-import json, subprocess, sys
+import json, resource, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,3 +78,14 @@ try: main()
 except SystemExit as end: assert not end.code
 assert not {"torch", "ultralytics", "pandas"} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code, "letters", "--file", tmp_path/"l.jsonl"], check=True)
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    "As far as a limit on the size of files goes: so many letters do not fit into the memory."
+    (tmp_path/"in").mkdir()
+    (tmp_path/"in/boxes.csv").write_text("image,label,xmin,ymin,xmax,ymax\n" + "".join(f"{i}.jpg,cat,1,1,9,9\n" for i in range(30_000)))
+    done = subprocess.run([NBS, "ingest", tmp_path/"in", "--format", "csv", "--out", tmp_path/"out"], capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and said.startswith("nbs: ") and "TMPDIR" in said, done.stderr
+    assert not (tmp_path/"out/dead_letters.jsonl").exists()

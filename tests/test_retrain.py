@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import psutil
 import pytest
+from PIL import Image
 
 from conftest import last
 from nbs_lib.registry import versions
@@ -188,3 +189,33 @@ def test_a_full_disk_is_told_before_it_is_hit(monkeypatch):
     from flows import retrain
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), dict(free=5 << 20)))
     with pytest.raises(retrain.WrongCall, match="5 MB of disk are free where 1024 MB are needed"): retrain.preflight.fn({})
+
+
+def test_what_an_environment_sets_no_run_changes(monkeypatch):
+    from flows import retrain
+    before = (retrain.ROOT/"params.yaml").read_text()
+    monkeypatch.setenv("NBS_ENV", "production")
+    with pytest.raises(retrain.WrongCall, match="train.epochs is 100 in NBS_ENV=production"): retrain.preflight.fn(dict(train=dict(epochs=5)))
+    assert (retrain.ROOT/"params.yaml").read_text() == before
+
+
+def test_a_form_takes_what_its_stage_takes(monkeypatch, tmp_path):
+    "Whatever YAML makes of the value that stands in the file."
+    from flows import forms
+    whole = (forms.ROOT/"params.yaml").read_text()
+    (tmp_path/"params.yaml").write_text(whole.replace("device: auto", "device: 0").replace("tolerance: 0.01 ", "tolerance: 0 "))
+    forms.declared()  # of the workspace's notebooks
+    monkeypatch.setattr(forms, "ROOT", tmp_path)
+    assert forms.typed("train")["device"] == "0" and forms.typed("train", device="cpu")["device"] == "cpu"
+    assert forms.typed("gate", tolerance=.5)["tolerance"] == .5
+
+
+def test_files_that_were_left_alone_are_not_left_for_another_run(monkeypatch, tmp_path):
+    from prefect.logging import disable_run_logger
+    from flows import retrain
+    for name in ("INCOMING", "RAW"): (folder := tmp_path/name).mkdir(); monkeypatch.setattr(retrain, name, folder)
+    for i in range(2): Image.new("RGB", (64, 64)).save(retrain.INCOMING/f"{i}.jpg")
+    with disable_run_logger():
+        assert retrain.incoming.fn(1, "early") == ([], [])
+        time.sleep(1.1)
+        assert retrain.incoming.fn(1, "run") == ([], ["run"])

@@ -131,6 +131,19 @@ def test_a_message_that_kills_becomes_a_dead_letter_and_takes_no_others_with_it(
     assert consume(server.url, detect, once=True)["answered"] == 1 and not server.redis.xlen("pictures:dead")
 
 
+def test_dead_letters_whose_message_was_trimmed_stay_and_hold_up_no_others(server, capsys):
+    trims = [True, False, True, False]
+    def die(*_, **__):
+        if trims.pop(): server.redis.xtrim("pictures", maxlen=0, approximate=False)
+        raise RuntimeError("no picture of mine")
+    while trims:
+        server.send(picture(1)[0])
+        assert consume(server.url, die, once=True, attempts=1)["dead"] == 1
+    assert (redrive(server.url), redrive(server.url)) == (2, 0)
+    assert server.redis.xlen("pictures:dead") == 2 == server.redis.xlen("pictures")
+    assert "2 dead letters stay in pictures:dead" in capsys.readouterr().out
+
+
 def test_redis_killed_and_back(server):
     sent, said, stop = {}, [], threading.Event()
     thread = threading.Thread(target=consume, args=(server.url, detect), kwargs=dict(idle=.5, stop=stop, say=said.append, batch=2))
