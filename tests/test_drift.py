@@ -68,8 +68,9 @@ def test_what_was_asked_of_the_service_drifted(scored, server):
     "The log of requests is one more batch, of the champion's own answers alone."
     shutil.rmtree(scored/"data/predictions")
     log = RequestLog(f"sqlite:///{scored/'data/requests/requests.db'}")
-    for version, brightness in [("1", 9.), ("2", 90.)] * 40:
-        log.put(dict(version=version, width=64, height=64, brightness=brightness, contrast=3., boxes=[], source="api"))
+    weights = read_json(scored/"data/models/model.json")["tensors"]
+    for version, model, brightness in [("1", weights, 9.), ("2", weights, 90.), ("1", "of another registry", 90.)] * 40:
+        log.put(dict(version=version, model=model, width=64, height=64, brightness=brightness, contrast=3., boxes=[], source="api"))
     log.put(dict(code="unreadable_image"))
     log.close()
     said = drift(scored, server)
