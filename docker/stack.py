@@ -59,7 +59,8 @@ def make_env():
 def needed(known=()):
     "Lines for what the stack cannot do without, but for what is known already."
     owner = ROOT.stat()
-    if owner.st_uid == 0: raise Wrong(f"{ROOT} belongs to root, and nothing in the stack runs as root: give it to somebody (`chown -R 1000:1000 {ROOT}`)")
+    if owner.st_uid == 0 and not {"NBS_UID", "NBS_GID"} <= set(known):
+        raise Wrong(f"{ROOT} belongs to root, and nothing in the stack runs as root: give it to somebody (`chown -R 1000:1000 {ROOT}`)")
     new = {name: begin + secrets.token_hex(24) for name, begin in SECRETS.items()}
     return [f"{name}={value}" for name, value in dict(NBS_UID=owner.st_uid, NBS_GID=owner.st_gid, **new).items() if name not in known]
 
@@ -139,15 +140,15 @@ def last(lines): return next((line.strip() for line in reversed(lines) if line.s
 def call(*words, **how): return told([*compose(), *words], **how)
 
 
-def told(command, fine=(0,), **how):
-    "A command whose words go to people. Raises `Wrong` with its last one where it ends with another status than is fine."
+def told(command, **how):
+    "A command whose words go to people. Raises `Wrong` with its last one where it fails."
     env = os.environ | dict(DOCKER_BUILDKIT="1", COMPOSE_DOCKER_CLI_BUILD="1")
     process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=env, **how)
     said = []
     for line in process.stderr:
         print(line, end="", file=sys.stderr)
         said.append(line.strip())
-    if process.wait() not in fine: raise Wrong(hint(said) or last(said))
+    if process.wait(): raise Wrong(hint(said) or last(said))
 
 
 def ill(services):
@@ -238,16 +239,17 @@ def backup(folder):
         with open(tmp/f"{name}.dump", "wb") as file: call("exec", "-T", "postgres", "pg_dump", "--username=nbs", "--format=custom", name, stdout=file)
     if not ran: call("stop", "postgres")
     for name in VOLUMES:
-        with open(tmp/f"{name}.tar", "wb") as file: tar(name, "--create", ".", fine=(0, 1), stdout=file)  # 1: files came, which no database knew
+        with open(tmp/f"{name}.tar", "wb") as file: tar(name, "--create .", stdout=file)
     tmp.rename(folder)
     print(f"stack: kept in {folder}: {', '.join(f'{p.name} {p.stat().st_size >> 20} MB' for p in sorted(folder.iterdir()))}")
 
 
-def tar(volume, *words, **how):
-    "tar in a volume, without what a service checks when it starts, and without a log of what it says."
+def tar(volume, words, **how):
+    """tar in a volume, without what a service checks when it starts, and without a log of what it says. Its status is 1 where files came or grew
+    meanwhile: of those no database knew."""
     place = f"{project()}_{volume}:/kept"
-    told(["docker", "run", "--rm", "--interactive", "--log-driver=none", f"--volume={place}", "--entrypoint=tar", settings().get("NBS_IMAGE", "nbs"),
-          "--directory=/kept", *words], **how)
+    told(["docker", "run", "--rm", "--interactive", "--log-driver=none", f"--volume={place}", "--entrypoint=sh", settings().get("NBS_IMAGE", "nbs"),
+          "-c", f"tar --directory=/kept {words} || test $? = 1"], **how)
 
 
 def restore(folder):

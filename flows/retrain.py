@@ -48,8 +48,9 @@ def pull(refetch, far):
 def preflight(values):
     "Take what the form says; refuse what would fail hours later; end what a killed run left."
     for section, of in values.items(): typed(section, **of)
-    for (section, key), value in overlay(env := os.environ.get("NBS_ENV"), path=ROOT/"params.yaml").items():
-        if values.get(section, {}).get(key, value) != value: raise WrongCall(f"{section}.{key} is {value} in NBS_ENV={env}, whatever a run asks for")
+    for section, key in overlay(env := os.environ.get("NBS_ENV"), path=ROOT/"params.yaml"):
+        if typed(section, **values.get(section, {}))[key] != (fixed := typed(section)[key]):
+            raise WrongCall(f"{section}.{key} is {fixed} in NBS_ENV={env}, whatever a run asks for")
     if values:
         edit_params(values, path=ROOT/"params.yaml")
         get_run_logger().info(f"written into params.yaml: {values}")
@@ -74,7 +75,9 @@ def incoming(settle, run):
     for batch in (b for b in batches if b.format):
         try: taken.append(take(batch, RAW))
         except OSError as error: closed.append(str(error))
-    for why in closed: get_run_logger().warning(f"a batch cannot be taken yet: {why}")
+    if closed:
+        get_run_logger().warning(f"not taken: {'; '.join(closed)}")
+        notify("a batch cannot be taken", "\n".join(closed), True)
     for folder in sorted(path for path in RAW.glob("[!.]*") if path.is_dir() and not path.with_name(f"{path.name}.dvc").exists()):
         Command("dvc", "add", str(folder.relative_to(ROOT))).end()  # also what a killed run had taken
     if names := unread(RAW.glob("*"), ROOT/params("ingest")["root"], params("ingest")["sources"]):

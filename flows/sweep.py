@@ -87,13 +87,17 @@ class Sweep:
         whole = self.stage.whole(values, self.name)
         run = f"{self.name}-{digest(self.stage.name, whole)[:8]}"
         row, done = dict(run=run, set=values), RUNS/run/"sweep.json"
-        mine = digest(self.stage.name, whole, self.needs, file_digest(ROOT/(whole.get("model") or "")))
+        mine = digest(self.stage.name, whole, self.needs, self.start(whole))
         with self.locks[run]:
             if not (done.is_file() and read_json(done) == mine):
                 done.unlink(missing_ok=True)
                 if why := self.execute(run, whole): return row | dict(why=why, page=self.page(run))
                 write_json(done, mine)
         return row | dict(report=read_json(RUNS/run/f"reports/{self.stage.name}.json"))
+
+    def start(self, values):
+        "A hash of the weights that a training starts from, where they are a file."
+        return file_digest(ROOT/(values.get("model") or ""))
 
     def execute(self, run, whole):
         "Run the notebook; why it failed, or nothing."
@@ -175,7 +179,8 @@ def work(stage, source, name, metric, jobs):
     with lock:
         end_survivors()
         if isinstance(source, Study):
-            of = digest(stage.name, stage.usual, source.parameters, source.seed, source.direction, metric or source.metric, sweep.needs)
+            about = source.parameters, source.seed, source.direction, metric or source.metric
+            of = digest(stage.name, stage.usual, *about, sweep.needs, sweep.start(stage.usual))
             source.open(sweep.folder/"study.db", of)
         sweep.all(source, min(jobs or usual_jobs(stage), source.trials))
         keys, rows = sweep.table(source.direction)

@@ -80,7 +80,11 @@ def take(
     try: os.rename(batch.path, there)
     except OSError as e:
         if e.errno != errno.EXDEV: raise
-        return _copied(batch.path.rename(batch.path.with_name(TAKING + there.name)), raw)
+        away = batch.path.rename(_free(batch.path.parent, TAKING + there.name))
+        try: return _copied(away, raw)
+        except OSError:
+            if not there.exists() and not batch.path.exists(): away.rename(batch.path)  # where people see it
+            raise
     return there
 
 def take_rest(
@@ -107,5 +111,6 @@ def _copied(away, raw):
         try:
             with replacing(there, folder=True) as tmp: shutil.copytree(away, tmp, symlinks=True, dirs_exist_ok=True)
         except shutil.Error as e: raise OSError(f'{away}: {e.args[0][0][-1]}') from None
-    shutil.rmtree(away)
+    shutil.rmtree(away, ignore_errors=True)
+    if away.exists(): raise OSError(f'{away}: it was copied to {there}, and cannot be removed')
     return there

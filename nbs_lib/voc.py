@@ -7,6 +7,7 @@ __all__ = ['UTF8', 'read_voc', 'write_voc', 'voc_xml']
 
 # %% ../notebooks/api/07_voc.ipynb #imports
 import os, re, shutil
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from .boxes import EDGES, Sample
 from .config import WrongCall
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Found, Reading, bytes_of, is_name, likeliest, need, numbers, sample_of, split_in, unlabelled, unread
+from .source import PICTURES, Found, Reading, bytes_of, is_mask, is_name, likeliest, need, numbers, sample_of, split_in, unlabelled, unread
 
 # %% ../notebooks/api/07_voc.ipynb #read-voc
 def read_voc(
@@ -41,15 +42,12 @@ def read_voc(
         if not any(isinstance(item, Found) for item in items): silent.add(path.stem.casefold())
         yield from items
     yield None  # what a person put in place of a picture is known before it is said that nothing names it
-    named = {p.stem.casefold(): p.suffix.lower() for p in reading.named}
-    for picture in (p for p in reading.left() if p.stem.casefold() not in silent and not _mask(tree, p, named)):
+    kinds = defaultdict(set)
+    for p in reading.named: kinds[p.stem.casefold()].add(p.suffix.lower())
+    for picture in reading.left():
+        if (stem := picture.stem.casefold()) in silent or is_mask(tree, picture, kinds[stem]): continue
         yield unlabelled(reading, picture, background, 'no XML file names this picture')
     yield from unread(reading, closed)
-
-def _mask(tree, picture, named):
-    "Whether it is the mask of a picture that has its name: another kind of file, or in a folder that says so."
-    kind = named.get(picture.stem.casefold())
-    return kind is not None and (kind != picture.suffix.lower() or re.search('mask|segm', os.path.dirname(tree.relative(picture)), re.I) is not None)
 
 def _image_sets(tree):
     "The split of each stem that ImageSets/*/{train,val,test}.txt lists; the test part wins."

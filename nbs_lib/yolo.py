@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .boxes import Sample, join, to_yolo
 from .config import WrongCall, cores, read_yaml, write_yaml
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Reading, Tree, is_name, numbers, sample_of, split_in, text_of, unlabelled, unread
+from .source import PICTURES, Reading, Tree, is_mask, is_name, numbers, sample_of, split_in, text_of, unlabelled, unread
 from .stream import LONGEST
 
 # %% ../notebooks/api/08_yolo.ipynb #class-lists
@@ -46,12 +46,19 @@ def label_of(
     picture: Path,  # in it
 ) -> Path:          # where its label file is, or None
     "The label file of a picture."
-    name = '/' + os.path.splitext(tree.relative(picture))[0] + '.txt'
-    beside = next((f for n in (IMAGES.sub(r'\1/labels/', name), name) if (f := tree.called(f'{tree.root}{n}'))), None)
-    flat = None if beside else tree.called(f"{tree.root}/labels{name[name.rfind('/'):]}")
-    return beside or flat and (flat if sum(p.suffix.lower() in PICTURES for p in tree.by_stem[flat.stem.casefold()]) == 1 else None)
+    if (own := _beside(tree, picture)) or not (flat := _flat(tree, picture)): return own
+    rivals = [p for p in _namesakes(tree, picture) if (_beside(tree, p) or _flat(tree, p)) == flat]
+    return None if any(not is_mask(tree, p, {picture.suffix.lower()}) for p in rivals) or _is_mask(tree, picture, rivals) else flat
 
 IMAGES = re.compile('(.*)/images/', re.I | re.S)  # the last folder of that name
+
+def _name(tree, picture): return '/' + os.path.splitext(tree.relative(picture))[0] + '.txt'
+def _beside(tree, picture):
+    name = _name(tree, picture)
+    return next((f for n in (IMAGES.sub(r'\1/labels/', name), name) if (f := tree.called(f'{tree.root}{n}'))), None)
+def _flat(tree, picture): return tree.called(f'{tree.root}/labels/{os.path.basename(_name(tree, picture))}')
+def _namesakes(tree, picture): return [p for p in tree.by_stem[picture.stem.casefold()] if p.suffix.lower() in PICTURES and p != picture]
+def _is_mask(tree, picture, others): return is_mask(tree, picture, {p.suffix.lower() for p in others})
 
 # %% ../notebooks/api/08_yolo.ipynb #parts
 def _parts(tree, lists):
@@ -102,7 +109,8 @@ def read_yolo(
         split = parts[picture] if picture in parts else split_in(os.path.dirname(file))
         used.add(label)
         if label: yield from _label_file(reading, picture, label, split, classes, parse)
-        else: yield unlabelled(reading, picture, background, 'there is no label file', split)
+        elif not _is_mask(tree, picture, [p for p in _namesakes(tree, picture) if label_of(tree, p)]):
+            yield unlabelled(reading, picture, background, 'there is no label file', split)
     for label in tree.endswith('.txt'):
         if label not in used and (lines := _orphan(label, tree)) is not None:
             yield reading.letter('missing_image', 'picture', label, 'no picture belongs to this label file', boxes=len(lines))
