@@ -11,7 +11,7 @@ from flows.forms import chosen, typed, with_sections
 from flows.home import ROOT
 from flows.notify import notify
 from flows.once import once
-from flows.preflight import keep_edited
+from flows.preflight import keep_edited, other_start
 from flows.report import tell
 from flows.runs import guarded, one_line, step
 from flows.score import champion, planned, score
@@ -58,6 +58,7 @@ def preflight(values):
     if not (ROOT/".git").exists(): follow(Command("dvc", "config", "--local", "core.no_scm", "true"))  # an image, an archive
     if (free := shutil.disk_usage(ROOT).free) < ROOM:
         raise WrongCall(f"{free >> 20} MB of disk are free where {ROOM >> 20} MB are needed: `dvc gc --workspace` frees some")
+    if said := other_start(): get_run_logger().warning(said)
     end_survivors()
 
 

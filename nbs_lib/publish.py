@@ -156,7 +156,8 @@ def _note(told, pages):
     "What people read on the run's page."
     without = [s for s in ('train', 'evaluate') if s not in pages]
     e = told['evaluate']
-    text = (f"mAP **{e['map']:.3f}** (95 %: {e['map_low']:.3f} to {e['map_high']:.3f}), mAP50 **{e['map50']:.3f}** on {e['pictures']} pictures ({e['part']}); "
+    spread = '' if e['map_low'] < 0 else f" (95 %: {e['map_low']:.3f} to {e['map_high']:.3f})"  # -1: there is none
+    text = (f"mAP **{e['map']:.3f}**{spread}, mAP50 **{e['map50']:.3f}** on {e['pictures']} pictures ({e['part']}); "
             f"{e['right']} of {e['boxes']} boxes right, {e['missed']} missed, {e['false_alarms']} false alarms.")
     return text + (f"\n\nNo executed notebook of {' and '.join(without)}: restored from DVC's cache, or made elsewhere." if without else '')
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import last
+from nbs_lib.config import file_digest, write_json
 from nbs_lib.registry import versions
 from nbs_lib.scenes import write_scenes
 from nbs_lib.store import connect
@@ -219,3 +220,15 @@ def test_files_that_were_left_alone_are_not_left_for_another_run(monkeypatch, tm
         assert retrain.incoming.fn(1, "early") == ([], [])
         time.sleep(1.1)
         assert retrain.incoming.fn(1, "run") == ([], ["run"])
+
+
+def test_other_weights_under_the_same_name_are_told(monkeypatch, tmp_path):
+    from flows import preflight
+    monkeypatch.setattr(preflight, "ROOT", tmp_path)
+    (tmp_path/"params.yaml").write_text("train: {model: start.pt}\n")
+    assert preflight.other_start() is None
+    (tmp_path/"start.pt").write_text("weights")
+    write_json(tmp_path/"data/reports/train.json", dict(start=file_digest(tmp_path/"start.pt")))
+    assert preflight.other_start() is None
+    (tmp_path/"start.pt").write_text("others")
+    assert preflight.other_start().startswith("start.pt is another file than data/models was trained from")
