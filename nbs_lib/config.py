@@ -56,8 +56,9 @@ def replacing(
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     _remove(tmp)
-    old = path.with_name(f".{path.name}.old.{os.getpid()}.{threading.get_ident()}.tmp")
-    if folder: _sweep(path); _remove(old); tmp.mkdir()
+    if folder:
+        old = path.with_name(f".{path.name}.old.{os.getpid()}.{threading.get_ident()}.tmp")
+        _sweep(path); _remove(old); tmp.mkdir()
     try:
         yield tmp
         if folder and os.path.lexists(path): os.replace(path, old)  # removing a folder takes long, and half of one looks like a whole one

@@ -7,8 +7,9 @@ __all__ = ['IMAGES', 'class_lists', 'label_of', 'read_yolo', 'yolo_labels', 'wri
 
 # %% ../notebooks/api/08_yolo.ipynb #imports
 import errno, os, re, shutil
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 import numpy as np
@@ -47,8 +48,12 @@ def label_of(
 ) -> Path:          # where its label file is, or None
     "The label file of a picture."
     if (own := _beside(tree, picture)) or not (flat := _flat(tree, picture)): return own
-    rivals = [p for p in _namesakes(tree, picture) if (_beside(tree, p) or _flat(tree, p)) == flat]
-    return None if any(not is_mask(tree, p, {picture.suffix.lower()}) for p in rivals) or _is_mask(tree, picture, rivals) else flat
+    kind, kinds = picture.suffix.lower(), set()
+    for p in tree.by_stem[picture.stem.casefold()]:
+        if p == picture or p.suffix.lower() not in PICTURES or (_beside(tree, p) or _flat(tree, p)) != flat: continue
+        if not is_mask(tree, p, {kind}): return None  # the first one tells: frames of many films have one name
+        kinds.add(p.suffix.lower())
+    return None if is_mask(tree, picture, kinds) else flat
 
 IMAGES = re.compile('(.*)/images/', re.I | re.S)  # the last folder of that name
 
@@ -57,8 +62,13 @@ def _beside(tree, picture):
     name = _name(tree, picture)
     return next((f for n in (IMAGES.sub(r'\1/labels/', name), name) if (f := tree.called(f'{tree.root}{n}'))), None)
 def _flat(tree, picture): return tree.called(f'{tree.root}/labels/{os.path.basename(_name(tree, picture))}')
-def _namesakes(tree, picture): return [p for p in tree.by_stem[picture.stem.casefold()] if p.suffix.lower() in PICTURES and p != picture]
-def _is_mask(tree, picture, others): return is_mask(tree, picture, {p.suffix.lower() for p in others})
+
+def _kinds(tree):
+    "Endings of the pictures with a label file, by name."
+    kinds = defaultdict(set)
+    for p in tree.endswith(*PICTURES):
+        if label_of(tree, p): kinds[p.stem.casefold()].add(p.suffix.lower())
+    return kinds
 
 # %% ../notebooks/api/08_yolo.ipynb #parts
 def _parts(tree, lists):
@@ -102,15 +112,14 @@ def read_yolo(
     if not classes: yield reading.letter('malformed_record', 'file', first, 'no class names can be read from it')
     for file, names in lists:
         if names and names != classes: yield reading.letter('class_lists_disagree', 'file', file, f'{tree.relative(first)} has other classes')
-    parts, used = _parts(tree, lists), {f for f, names in lists if names}
+    parts, used, kinds = _parts(tree, lists), {f for f, names in lists if names}, cache(lambda: _kinds(tree))  # asked where a picture has no label file
     parse = partial(_box, classes=classes, posed=first.suffix != '.txt' and 'kpt_shape' in first.read_text(errors='replace'))
     for picture in tree.endswith(*PICTURES):
         file, label = tree.relative(picture), label_of(tree, picture)
         split = parts[picture] if picture in parts else split_in(os.path.dirname(file))
         used.add(label)
         if label: yield from _label_file(reading, picture, label, split, classes, parse)
-        elif not _is_mask(tree, picture, [p for p in _namesakes(tree, picture) if label_of(tree, p)]):
-            yield unlabelled(reading, picture, background, 'there is no label file', split)
+        elif not is_mask(tree, picture, kinds()[picture.stem.casefold()]): yield unlabelled(reading, picture, background, 'there is no label file', split)
     for label in tree.endswith('.txt'):
         if label not in used and (lines := _orphan(label, tree)) is not None:
             yield reading.letter('missing_image', 'picture', label, 'no picture belongs to this label file', boxes=len(lines))
