@@ -8,20 +8,22 @@ from pathlib import Path
 from flows.commands import git
 from flows.home import ROOT
 from nbs_lib.config import WrongCall, params, read_json, read_yaml, tracking_uri
-from nbs_lib.registry import find
+from nbs_lib.registry import download, find
 from nbs_lib.store import asking, connect
 
 CODE = "nbs_lib/", "notebooks/"
 
 
-def attached(client, run_id, folder):
-    "Bring what the run of the version keeps into a folder: parameters, lock, reports, the patch of its code."
+def attached(client, version, folder):
+    "Bring what a version and its run keep into a folder: parameters, lock, reports, the patch of its code."
     with asking(client.tracking_uri):
-        there = {a.path for a in client.list_artifacts(run_id)}
+        there = {a.path for a in client.list_artifacts(version.run_id)}
         for name in ("params.yaml", "dvc.lock", "reports", "code.patch"):
-            if name in there: client.download_artifacts(run_id, name, str(folder))
+            if name in there: client.download_artifacts(version.run_id, name, str(folder))
     missing = sorted({"params.yaml", "dvc.lock", "reports"} - there)
-    if missing: raise WrongCall(f"run {run_id} keeps no {' and no '.join(missing)}: it was never published")
+    if missing: raise WrongCall(f"run {version.run_id} keeps no {' and no '.join(missing)}: it was never published")
+    own = download(client, version.name, version.version, folder/"bundle")/"origin"
+    if own.is_dir(): shutil.copytree(own, folder, dirs_exist_ok=True)  # the run tells of the version of these weights that was published last
 
 
 def lay_out(tags, kept, folder):
@@ -89,7 +91,7 @@ def reproduce(version, model, noise, folder):
     if there - {"kept", "workspace"} or there == {"workspace"}: raise WrongCall(f"{folder} is not empty: name a new folder")
     for name in ("kept", "workspace"): shutil.rmtree(folder/name, ignore_errors=True)
     kept.mkdir(parents=True)
-    attached(client, found.run_id, kept)
+    attached(client, found, kept)
     lay_out(tags, kept, here := folder/"workspace")
     bring_data(here)
     stages = [s for s in read_yaml(here/"dvc.yaml")["stages"] if s != "fetch"]

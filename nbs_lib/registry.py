@@ -335,11 +335,13 @@ def lineage(
         mend = f'; `mlflow runs restore --run-id {v.run_id}` brings it back' if run else ''
         raise WrongCall(f'the run {v.run_id} that trained version {v.version} of {name!r} was deleted{mend}')
     tags, files = run.data.tags, _ask(client, 'list_artifacts', v.run_id, 'notebooks')
-    stages = {k.removeprefix('nbs.stage.'): t for k, t in sorted(tags.items()) if k.startswith('nbs.stage.')}
+    stages = {k.removeprefix('nbs.stage.'): t for k, t in sorted({**tags, **v.tags}.items()) if k.startswith('nbs.stage.')}
+    own = _ask(client, 'get_logged_model', v.model_id) if v.model_id else None
+    metrics = run.data.metrics | {m.key: m.value for m in (own and own.metrics or ())}
     return dict(name=name, version=v.version, aliases=v.aliases, created=v.created, model_id=v.model_id, bundle=v.tags.get('nbs.bundle'), run_id=v.run_id,
                 started=_iso(run.info.start_time), commit=tags.get('mlflow.source.git.commit'), dirty=tags.get('nbs.dirty') == 'true',
                 data=tags.get('nbs.data'), params=dict(sorted(run.data.params.items())), stages=stages,
-                notebooks=sorted(f.path for f in files or ()), metrics=dict(sorted(run.data.metrics.items())),
+                notebooks=sorted(f.path for f in files or ()), metrics=dict(sorted(metrics.items())),
                 promotions=[e for e in history(client, name) if e['version'] == v.version],
                 gate={k: _read(t) for k, t in sorted(v.tags.items()) if k.startswith('gate')})
 
