@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'WrongCall', 'nearest', 'workspace', 'cores', 'replacing'
            'run_id', 'destination']
 
 # %% ../notebooks/api/00_config.ipynb #imports
-import ast, difflib, hashlib, json, os, re, shutil, threading
+import ast, difflib, glob, hashlib, json, os, re, shutil, threading
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,8 +69,9 @@ def replacing(
 
 def _sweep(path):
     "Remove what killed processes left of this folder."
-    for old in path.parent.glob(f'.{path.name}.*.tmp'):
-        try: os.kill(int(old.name.split('.')[-3]), 0)
+    for old in path.parent.glob(f'.{glob.escape(path.name)}.*.tmp'):
+        if not (process := old.name.split('.')[-3]).isdecimal(): continue
+        try: os.kill(int(process), 0)
         except ProcessLookupError: _remove(old)
         except PermissionError: pass
 

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from filelock import FileLock
 from tqdm.auto import tqdm
 from .config import WrongCall, replacing
 
@@ -256,9 +257,10 @@ def write_patch(
     **value,      # `value`: what the record should have said, only with replace
 ):
     "Add a decision to the file, in place of an earlier one on the same letter. Raises `WrongCall` where it is none."
-    patch = _checked(dict(id=id, action=action, **value, why=why), 'this decision')
-    kept = [p for p in _lines(path) if p['id'] != id]
-    with replacing(path) as tmp: tmp.write_text(''.join(json.dumps(p) + '\n' for p in [*kept, patch]), encoding='utf-8')
+    path, patch = Path(path), _checked(dict(id=id, action=action, **value, why=why), 'this decision')
+    with FileLock(path.with_name(f'.{path.name}.lock')):  # somebody else may be deciding
+        kept = [p for p in _lines(path) if p['id'] != id]
+        with replacing(path) as tmp: tmp.write_text(''.join(json.dumps(p) + '\n' for p in [*kept, patch]), encoding='utf-8')
 
 # %% ../notebooks/api/03_deadletter.ipynb #record-history
 def record_history(

@@ -62,6 +62,7 @@ def _instances(path, part):
     with zipfile.ZipFile(path) as z:
         parts = {m[1]: n for n in z.namelist() if (m := re.search(r'(?:^|/)instances_(\w+)\.json$', n))}
         if part not in parts: raise WrongCall(f'there is no part {part!r}.{nearest(part, parts)}')
+        if z.getinfo(parts[part]).flag_bits & 1: raise WrongCall(f'{parts[part]!r} is encrypted; unpack the archive by hand')
         with z.open(parts[part]) as f: return json.load(f)
 
 PLAIN = re.compile(r'\w[\w .()-]{0,120}\.(jpe?g|png|webp|bmp|gif|tiff?)', re.A | re.I)

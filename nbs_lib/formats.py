@@ -93,7 +93,7 @@ def settled(
     if Path(root).is_symlink() or Path(path).is_absolute() or folder.resolve() != Path(root).resolve()/path:
         raise WrongCall(f'{folder}: a source must lie below {root} and not be a link: DVC would not notice when its content changes')
     if format == 'auto': format, why = recognise(folder)
-    if format not in READERS: raise WrongCall(f"{format!r} is no format of a source.{nearest(format, [*READERS, 'auto'])}")
+    if not isinstance(format, str) or format not in READERS: raise WrongCall(f"{format!r} is no format of a source.{nearest(format, [*READERS, 'auto'])}")
     known = list(READERS[format].__kwdefaults__ or {})
     for k in sorted(map(str, source.keys() - {'path', 'format'})):
         if k not in known: raise WrongCall(f"format {format} has no option {k!r}.{nearest(k, known)}")

@@ -26,7 +26,7 @@ class Batch:
     @property
     def unclear(self): return not self.format and bool(self.why)  # it holds more than pictures, and nobody knows what
 
-ANNOTATED = '.txt', '.xml', '.json', '.jsonl', '.csv', '.tsv', '.yaml', '.yml'
+ANNOTATED = '.txt', '.xml', '.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.yaml', '.yml'
 
 def judged(
     folder: Path,  # of a batch

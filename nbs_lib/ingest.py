@@ -37,7 +37,8 @@ def edges_on(
     return turn_boxes(sample.boxes.xyxy, turn, stored) if stored != size and _stated(sample) == stored else sample.boxes.xyxy
 
 def _stated(sample):
-    try: return tuple(int(float(v)) for v in sample.stated)
+    "The size that the record states, where it states one."
+    try: return size if min(size := tuple(int(float(v)) for v in sample.stated)) > 0 else None
     except (TypeError, ValueError, OverflowError): return None
 
 # %% ../notebooks/api/13_ingest.ipynb #judge-boxes
@@ -199,7 +200,7 @@ class _Intake:
             if not item: return
         boxes, bad, dropped = judge_boxes(item, stored.size, stored.turn, self.patches, **self.judging)
         for letter in bad: self.letters.add(letter)
-        self.seen.subtract(boxes=dropped)
+        self.seen.update(boxes=-dropped, other_size=int(not item.relative and _stated(item) not in (None, stored.size, stored.size[::-1])))
         item, n = replace(item, boxes=boxes), item.bad + len(bad)
         if self.whole and n: return self.refuse(item, 'bad_box', f'{n} of its boxes {"are letters" if n > 1 else "is a letter"}')
         sample = self.sample(item, stored)
@@ -255,6 +256,7 @@ def _taken_in(images, cache, patches, *, root, sources, classes, max_pixels, min
     items = chain.from_iterable([read(root, source, intake.patches) for source, _ in chosen])
     with closing(checked.db):
         for item, stored in tqdm(_decoded(items, images, checked), 'pictures', unit='', delay=2): intake.take(item, stored)
+    if n := intake.seen['other_size']: print(f"{n} pictures have another size than their records state: were they scaled after they were labelled?")
     if checked.known: print(f"{checked.known} of {intake.seen['pictures']} pictures were checked before")
     return intake
 
@@ -296,7 +298,8 @@ def _write(out, intake):
     count = Counter(label for s in samples for label in s.boxes.label.tolist())
     report = dict(pictures=seen['pictures'], samples=len(samples), picture_letters=letters.levels['picture'], duplicates=intake.twins['pictures'],
                   boxes=seen['boxes'], boxes_kept=count.total(), box_letters=letters.levels['box'], boxes_unused=letters.boxes + intake.twins['boxes'],
-                  file_letters=letters.levels['file'], emptied=seen['emptied'], letters=dict(sorted(letters.codes.items(), key=lambda kv: (-kv[1], kv[0]))),
+                  file_letters=letters.levels['file'], emptied=seen['emptied'], other_size=seen['other_size'],
+                  letters=dict(sorted(letters.codes.items(), key=lambda kv: (-kv[1], kv[0]))),
                   patches=intake.patches.report(), classes={n: count[n] for n in intake.judging['classes'] or sorted(count)},
                   splits=dict(sorted(Counter(s.split or 'none' for s in samples).items())), recognised=intake.recognised)
     assert balanced(report), f"the account does not add up: {report}"

@@ -86,7 +86,9 @@ def write_scenes(
     side: int = 160,    # width and height of a scene [pixels]
     seed: int = 0,
 ) -> dict:              # part → number of scenes
-    "Make the demo set; the same seed gives the same bytes. The training part holds ten planted faults. Raises `WrongCall` for a side that no photograph has."
+    "Make the demo set; the same seed gives the same bytes. The training part holds ten planted faults. Raises `WrongCall` for settings out of range."
+    if seed < 0 or min(scenes.values()) < 0 or not scenes.get('train', 1):
+        raise WrongCall(f'seed {seed}, {scenes}: a seed is 0 or more, and so are scenes; one is for training')
     photos, parts = material(seed)
     most = min(n for photo in photos for n in photo.size) - 1
     if not 36 <= side <= most: raise WrongCall(f'side {side}: a scene has 36 to {most} pixels')

@@ -132,9 +132,15 @@ def _cells(file, delimiter, said):
     while True:
         try: cells = [c.strip() for c in next(rows)]
         except StopIteration: return
-        except csv.Error as e: cells = Fault('malformed_record', f'not a row of a table: {e}')
+        except csv.Error as e: cells = len(lines) == 1 and _wide(lines[0], delimiter) or Fault('malformed_record', f'not a row of a table: {e}')
         if isinstance(cells, Fault) or any(cells): yield rows.line_num + bool(said), cells, lines[:]
         lines.clear()
+
+def _wide(line, delimiter):  # of whose cells one is longer than the module allows, as masks are; None where that is not what was wrong
+    usual = csv.field_size_limit(LONGEST)
+    try: return [c.strip() for c in next(csv.reader([line], delimiter=delimiter))]
+    except csv.Error: return None
+    finally: csv.field_size_limit(usual)
 
 # %% ../notebooks/api/04_stream.ipynb #json-rows
 def json_rows(

@@ -38,7 +38,7 @@ FORMS = {'xyxy': ('xmin', 'ymin', 'xmax', 'ymax'), 'cxcywh': ('cx', 'cy', 'w', '
 def columns_of(
     names: tuple,        # the columns or keys there are
     fields: tuple = (),  # pairs (key of `KNOWN`, its column)
-) -> dict:               # key of `KNOWN` → its column; `form`, key of `FORMS` where there are columns for a box; `partly`: for a part of one
+) -> dict:               # key of `KNOWN` → its column; `form`, key of `FORMS` where there are columns for a box; `partly`: for a part; `corners`: x1 to y4
     "Find out which column is which."
     there, given = {re.sub(r'[^a-z0-9]', '', str(n).casefold()): n for n in reversed(names)}, dict(fields)
     found = {k: c for k, known in KNOWN.items() if (c := given.get(k) or next((there[n] for n in known if n in there), None)) is not None}
@@ -48,7 +48,8 @@ def columns_of(
     taken = [found[e] for e in ours]
     odd = {k for k in found if k not in ours and (k in sum(FORMS.values(), ()) or k in ('width', 'height') and found[k] in taken)}
     if found.get('picture') == found.get('label') and 'label' not in given: odd.add('label')
-    return {k: c for k, c in found.items() if k not in odd} | dict(form=form, partly=partly)
+    corners = [there.get(f'{axis}{i}') for i in range(1, 5) for axis in 'xy'] if form == 'xyxy' and not given.keys() & ours else [None]
+    return {k: c for k, c in found.items() if k not in odd} | dict(form=form, partly=partly) | ({} if None in corners else dict(corners=corners))
 
 # %% ../notebooks/api/09_tables.ipynb #edges
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def edges_of(
         record, columns = inner, columns_of(tuple(inner))
         if (columns['form'], form) == ('xywh', 'cxcywh'):
             columns, record = {'form': None, 'box': 'box'}, {'box': [inner[columns[k]] for k in 'xywh']}
+    if columns.get('corners'):
+        corners = np.array(numbers([_number(record[c]) for c in columns['corners']], 8)).reshape(4, 2)
+        return np.concatenate([corners.min(0), corners.max(0)])
     if columns['form']:
         form, values = columns['form'], {columns[k]: record[columns[k]] for k in FORMS[columns['form']]}
         need({k: None if v == '' else v for k, v in values.items()}, *values)
@@ -229,12 +233,12 @@ def _table(reading, path, rows, level, options):
             groups.add(found[0] or f'\0{row}', row, found[1])
             if len(sizes) < 1000: sizes += _coordinates(row, found[1], options)
     except Fault as e: return (yield reading.letter(e.code, 'file', path, e.detail))
-    share = options.unit == 'share' or options.unit is None and bool(sizes) and float(np.nanmedian(np.abs(sizes))) <= 1
+    share = options.unit == 'share' or options.unit is None and bool(sizes) and float(np.nanmedian(sizes)) <= 1
     seen = set()
     for key in [*groups.keys()]: yield from _group(reading, path, groups.of(key), options, share, seen, mended)
 
 def _coordinates(row, record, options):
-    try: return [float(v) for _, o in objects_of(row, record, options) for v in edges_of(o, options)]
+    try: return [size for _, o in objects_of(row, record, options) for v in edges_of(o, options) if (size := abs(float(v)))]  # 0 tells nothing
     except Fault: return []
 
 # %% ../notebooks/api/09_tables.ipynb #group
@@ -275,10 +279,12 @@ def _objects(records, options):
 # %% ../notebooks/api/09_tables.ipynb #picture
 def _picture(reading, path, row, record, options, seen):
     "(path, bytes where the record holds them, id or None)"
+    need(record)
     columns = columns_of(tuple(record), options.fields)
     name, data = record.get(columns.get('picture')), record.get(columns.get('data'))
     found = None if data or name is None else _found(reading, path, str(name).strip())
     need(record, *(column for k, column in options.fields if k in ('picture', 'data', 'id', 'split', 'objects') or 'objects' not in columns))
+    if not data: need(record, columns.get('picture', 'picture'))
     if (id := record.get(dict(options.fields).get('id'))) is not None:
         if type(id) not in (int, str): raise Fault('malformed_record', f'the id must be a whole number or text, not {id!r}')
         if id in seen: raise Fault('duplicate_id', f'record {id!r} was listed before')

@@ -7,10 +7,11 @@ __all__ = ['UTF8', 'read_voc', 'write_voc', 'voc_xml']
 
 # %% ../notebooks/api/07_voc.ipynb #imports
 import os, re, shutil
-from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from html import escape
+from itertools import product
 from pathlib import Path
 from xml.etree.ElementTree import fromstring as parse_quickly  # where nothing is declared  # nosec B405
 from defusedxml import DefusedXmlException
@@ -19,7 +20,8 @@ from tqdm.auto import tqdm
 from .boxes import EDGES, Sample
 from .config import WrongCall
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Found, Reading, bytes_of, is_mask, is_name, likeliest, need, numbers, sample_of, split_in, unlabelled, unread
+from .source import (PICTURES, Found, Reading, bytes_of, fold, is_mask, is_name, kinds_of, likeliest, need, numbers, sample_of, split_in,
+                            unlabelled, unread)
 
 # %% ../notebooks/api/07_voc.ipynb #read-voc
 def read_voc(
@@ -36,26 +38,32 @@ def read_voc(
     closed = [f for f in tree.unreadable if f.suffix.lower() == '.xml']
     files, sets = sorted([*tree.endswith('.xml'), *closed]), _image_sets(tree)
     if not files: raise WrongCall(f"{source}: no XML file there, as Pascal VOC has one for each picture")
-    silent = set()  # stems of files that name no picture: each is a letter of its own
+    silent = set()  # pictures of files that name none: each is a letter of its own
     for path in files:
         items = [*_voc_file(reading, path, sets, partial(_voc_box, one_based=one_based))]
-        if not any(isinstance(item, Found) for item in items): silent.add(path.stem.casefold())
+        if not any(isinstance(item, Found) for item in items):
+            with suppress(Fault): silent.add(_namesake(tree, path))
         yield from items
     yield None  # what a person put in place of a picture is known before it is said that nothing names it
-    kinds = defaultdict(set)
-    for p in reading.named: kinds[p.stem.casefold()].add(p.suffix.lower())
+    kinds = kinds_of(reading.named)
     for picture in reading.left():
-        if (stem := picture.stem.casefold()) in silent or is_mask(tree, picture, kinds[stem]): continue
+        if picture in silent or is_mask(tree, picture, kinds[fold(picture.stem)]): continue
         yield unlabelled(reading, picture, background, 'no XML file names this picture')
     yield from unread(reading, closed)
 
 def _image_sets(tree):
-    "The split of each stem that ImageSets/*/{train,val,test}.txt lists; the test part wins."
+    "(folder, name) → split, as ImageSets/*/{train,val,test}.txt in that folder have it: those in Main before all others, then the test part."
     sets = {}
-    for split in ('train', 'val', 'test'):
-        for f in (f for f in tree.files if f.name == f'{split}.txt' and 'ImageSets' in f.parts):
-            with open(f, encoding='utf-8', errors='replace') as lines: sets.update((line.split()[0], split) for line in lines if line.strip())
+    for main, split in product((False, True), ('train', 'val', 'test')):
+        for f in (f for f in tree.files if f.name == f'{split}.txt' and 'ImageSets' in f.parts and main == (f.parent.name == 'Main')):
+            folder = Path(*f.parts[:f.parts.index('ImageSets')])
+            with open(f, encoding='utf-8-sig', errors='replace') as lines: sets.update(((folder, _listed(line)), split) for line in lines)
     return sets
+
+def _listed(line):
+    "The picture that a line names, maybe with its ending, and with 1 or -1 for whether something is on it."
+    name = Path(re.sub(r'\s+-?[01]$', '', line.strip()))
+    return fold(name.stem if name.suffix.lower() in PICTURES else name.name)
 
 # %% ../notebooks/api/07_voc.ipynb #parsed
 UTF8 = re.compile(rb'<\?xml[^>]*encoding=.utf-8.', re.I)
@@ -77,21 +85,27 @@ def _voc_file(reading, path, sets, parse):
     yield from bad
     if not where: return (yield replace(picture, boxes=len(good)))
     stated = tuple(root.findtext(f'size/{k}') for k in ('width', 'height'))
-    yield sample_of(picture, good, reading.name, file, None, sets.get(path.stem) or split_in(os.path.dirname(file)), stated=stated, where=where,
-                    bad=len(bad), parse=parse, find=lambda record: reading.find(record['picture'], path))
+    split = next((sets[key] for folder in path.parents if (key := (folder, fold(path.stem))) in sets), None) or split_in(os.path.dirname(file))
+    yield sample_of(picture, good, reading.name, file, None, split, stated=stated, where=where, bad=len(bad), parse=parse,
+                    find=lambda record: reading.find(record['picture'], path))
 
 def _voc_picture(reading, path, record):
     "The picture that <filename> means, or that has the XML's own name."
     need(record, 'filename')
-    same = [p for p in reading.tree.by_stem[path.stem.casefold()] if p.suffix.lower() in PICTURES]
     try:
         if record['filename']: return reading.find(record['filename'], path)
     except Fault as e:
-        if e.code != 'missing_image' or not same: raise
-    if not same: raise Fault('missing_image', f'it names no picture, and none is called {path.stem}')
-    found = likeliest(reading.tree, [p for p in same if p.parent.name in ('JPEGImages', 'images')] or same, path)
+        if e.code != 'missing_image' or not _of_name(reading.tree, path): raise
+    found = _namesake(reading.tree, path)
     reading.named.add(found)
     return found
+
+def _namesake(tree, path):
+    "The picture that has the XML's own name. Raises `Fault` where there is none, or a tie."
+    if not (same := _of_name(tree, path)): raise Fault('missing_image', f'it names no picture, and none is called {path.stem}')
+    return likeliest(tree, [p for p in same if p.parent.name in ('JPEGImages', 'images')] or same, path)
+
+def _of_name(tree, path): return [p for p in tree.by_stem[fold(path.stem)] if p.suffix.lower() in PICTURES]
 
 def _voc_root(path):
     try: root = _parsed(bytes_of(path))

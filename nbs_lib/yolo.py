@@ -7,7 +7,6 @@ __all__ = ['IMAGES', 'class_lists', 'label_of', 'read_yolo', 'yolo_labels', 'wri
 
 # %% ../notebooks/api/08_yolo.ipynb #imports
 import errno, os, re, shutil
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import accumulate
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from .boxes import Sample, join, to_yolo
 from .config import WrongCall, cores, read_yaml, write_yaml
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Reading, Tree, is_mask, is_name, numbers, sample_of, split_in, text_of, unlabelled, unread
+from .source import PICTURES, Reading, Tree, fold, is_mask, is_name, kinds_of, numbers, sample_of, split_in, text_of, unlabelled, unread
 from .stream import LONGEST
 
 # %% ../notebooks/api/08_yolo.ipynb #class-lists
@@ -48,40 +47,48 @@ def label_of(
 ) -> Path:          # where its label file is, or None
     "The label file of a picture."
     if (own := _beside(tree, picture)) or not (flat := _flat(tree, picture)): return own
-    kind, kinds = picture.suffix.lower(), set()
-    for p in tree.by_stem[picture.stem.casefold()]:
-        if p == picture or p.suffix.lower() not in PICTURES or (_beside(tree, p) or _flat(tree, p)) != flat: continue
-        if not is_mask(tree, p, {kind}): return None  # the first one tells: frames of many films have one name
-        kinds.add(p.suffix.lower())
-    return None if is_mask(tree, picture, kinds) else flat
+    mine, others = {picture.parent: {picture.suffix.lower()}}, []
+    for p in _of_name(tree, picture):
+        if p == picture or (_beside(tree, p) or _flat(tree, p)) != flat: continue
+        if not is_mask(tree, p, mine): return None  # the first one tells: frames of many films have one name
+        others.append(p)
+    return None if is_mask(tree, picture, kinds_of(others)[fold(picture.stem)]) else flat
 
 IMAGES = re.compile('(.*)/images/', re.I | re.S)  # the last folder of that name
 
 def _name(tree, picture): return '/' + os.path.splitext(tree.relative(picture))[0] + '.txt'
 def _beside(tree, picture):
     name = _name(tree, picture)
-    return next((f for n in (IMAGES.sub(r'\1/labels/', name), name) if (f := tree.called(f'{tree.root}{n}'))), None)
-def _flat(tree, picture): return tree.called(f'{tree.root}/labels/{os.path.basename(_name(tree, picture))}')
+    return next((f for n in (IMAGES.sub(r'\1/labels/', name), name) if (f := _own(tree, picture, n))), None)
+def _flat(tree, picture): return _own(tree, picture, f'/labels/{os.path.basename(_name(tree, picture))}', anywhere=True)
+
+def _of_name(tree, picture): return [p for p in tree.by_stem[fold(picture.stem)] if p.suffix.lower() in PICTURES]
+def _own(tree, picture, name, anywhere=False):
+    "The file of this name, unless it is that of a picture that is called just so."
+    file = tree.called(f'{tree.root}{name}')
+    if not file or file.stem == picture.stem: return file
+    return None if any(p.stem == file.stem for p in _of_name(tree, picture) if anywhere or p.parent == picture.parent) else file
 
 def _kinds(tree):
-    "Endings of the pictures with a label file, by name."
-    kinds = defaultdict(set)
-    for p in tree.endswith(*PICTURES):
-        if label_of(tree, p): kinds[p.stem.casefold()].add(p.suffix.lower())
-    return kinds
+    "As `kinds_of`, of the pictures with a label file."
+    return kinds_of(p for p in tree.endswith(*PICTURES) if label_of(tree, p))
 
 # %% ../notebooks/api/08_yolo.ipynb #parts
 def _parts(tree, lists):
     "Split by picture, for pictures that exactly one part of a data.yaml names."
     found = {}
-    for file, names in lists:
-        content = read_yaml(file) if names and file.suffix.lower() in ('.yaml', '.yml') else {}
+    yamls = [(f, read_yaml(f)) for f, names in lists if names and f.suffix.lower() in ('.yaml', '.yml')]
+    for file, content in yamls + [(f, _darknet(f)) for f in tree.endswith('.data')]:
         base = file.parent/str(content.get('path') or '.')
-        for key in ('train', 'val', 'validation', 'test'):
+        for key in ('train', 'val', 'valid', 'validation', 'test'):
             entries, part = content.get(key) or [], split_in(key)
             for entry in entries if isinstance(entries, list) else [entries]:
                 for picture in _listed(tree, (base, file.parent), str(entry)): found[picture] = part if found.setdefault(picture, part) == part else None
     return found
+
+def _darknet(file):
+    try: return {'path': '..', **dict(re.findall(r'^[ \t]*(\w+)[ \t]*=[ \t]*(.*\S)', text_of(file), re.M))}
+    except Fault: return {}
 
 def _listed(tree, bases, entry):
     "The pictures that one entry of a data.yaml means."
@@ -90,11 +97,11 @@ def _listed(tree, bases, entry):
         if (file := tree.called(path)) and file not in tree.unreadable:
             lines = file.read_text(encoding='utf-8-sig', errors='replace').splitlines()
             return [p for line in lines if line.strip() for p in _named(tree, (file.parent, base), line.strip())]
-        if os.path.isdir(path): return [p for p in tree.endswith(*PICTURES) if str(p).startswith(f'{path}/')]
+        if os.path.isdir(path) and tree.holds(path): return [p for p in tree.endswith(*PICTURES) if str(p).startswith(f'{path}/')]
     return []
 
 def _named(tree, bases, line):
-    there = [p for b in bases if (p := tree.called(os.path.normpath(b/line)))] or tree.by_name[Path(line).name.casefold()]
+    there = [p for b in bases if (p := tree.called(os.path.normpath(b/line)))] or tree.by_name[fold(Path(line).name)]
     return there[:1] if len(set(there)) == 1 else []
 
 # %% ../notebooks/api/08_yolo.ipynb #read-yolo
@@ -119,7 +126,7 @@ def read_yolo(
         split = parts[picture] if picture in parts else split_in(os.path.dirname(file))
         used.add(label)
         if label: yield from _label_file(reading, picture, label, split, classes, parse)
-        elif not is_mask(tree, picture, kinds()[picture.stem.casefold()]): yield unlabelled(reading, picture, background, 'there is no label file', split)
+        elif not is_mask(tree, picture, kinds()[fold(picture.stem)]): yield unlabelled(reading, picture, background, 'there is no label file', split)
     for label in tree.endswith('.txt'):
         if label not in used and (lines := _orphan(label, tree)) is not None:
             yield reading.letter('missing_image', 'picture', label, 'no picture belongs to this label file', boxes=len(lines))
