@@ -212,7 +212,7 @@ def show(
 
 def _draw(seen, path):
     if (ax := seen.draw()) is None: raise WrongCall(f'{seen.letter.id}: there is no picture to draw: {seen.letter.detail}')
-    ax.figure.savefig(path, dpi=150, bbox_inches='tight')
+    ax.figure.savefig(path, format='png', dpi=150, bbox_inches='tight')
 
 # %% ../notebooks/api/40_cli.ipynb #decide
 @letters_app.command()
@@ -242,7 +242,7 @@ def replace(
 
 def _decide(letters, patches, id, **decision):
     letter, ours = letters.find(id), workspace()/'data/patches.jsonl'
-    if not patches and letters.path.parent.parent.resolve() != ours.parent.resolve():
+    if not patches and letters.path.resolve() != (ours.parent/'interim/dead_letters.jsonl').resolve():
         raise WrongCall(f'{letters.path} has not the letters of the pipeline: name the file of its decisions with --patches')
     if decision['action'] == 'replace' and not replaceable(letter): raise WrongCall(f'{letter.id} has nothing to replace: drop it, or mend the source')
     write_patch(patches or ours, letter.id, **decision)

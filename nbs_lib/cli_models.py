@@ -76,7 +76,7 @@ def publish(
     "Give the run in MLflow its evaluation, reports and notebooks, and register its model; again does nothing."
     from nbs_lib.publish import publish
     made, uri, settings = _made(), tracking_uri(workspace()/'data/mlflow'), section_of('publish', model=model)
-    seen = _seen(made, settings) if judged else None
+    seen = _seen(made, [settings, *map(section_of, ('gate', 'evaluate')), experiment_name()]) if judged else None
     told = _before(made, uri, seen) if judged else {}
     done = told.get('done') or publish(uri, experiment_name(), made, **settings)
     if not as_json: print(f"{'published' if done['changed'] else 'published before'}: run {done['name']}{', made from files' * done['made']}; "

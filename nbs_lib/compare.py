@@ -15,7 +15,7 @@ from .detector import COLUMNS
 from .evaluate import judge
 from .registry import ALIAS, versions
 from .store import asking
-from .tracking import metric
+from .tracking import judged, metric
 
 # %% ../notebooks/api/35_compare.ipynb #curves
 def curves(
@@ -54,7 +54,7 @@ def _line(client, run, part, version):
     info, tags, scores = run.info, run.data.tags, run.data.metrics
     when = datetime.fromtimestamp(info.start_time / 1000, timezone.utc).isoformat(timespec='seconds')
     return dict(run=info.run_name, when=when, status=info.status, commit=tags.get('mlflow.source.git.commit'), dirty=tags.get('nbs.dirty') == 'true',
-                epochs=len(_points(client, info.run_id, 'val_map50')), map=scores.get(f'{part}/map'), map50=scores.get(f'{part}/map50'),
+                epochs=len(_points(client, info.run_id, 'val_map50')), map=scores.get(f'{judged(part)}/map'), map50=scores.get(f'{judged(part)}/map50'),
                 version=version and version.version, champion=bool(version and ALIAS in version.aliases), id=info.run_id)
 
 # %% ../notebooks/api/35_compare.ipynb #differences

@@ -27,6 +27,10 @@ def ultralytics():
         package.utils.patches.Image.open = package.utils.patches._image_open  # theirs wants to install a plugin for what Pillow does not know
         package.settings.update({k: False for k, v in package.settings.items() if v is True})
         logging.getLogger('ultralytics').setLevel(logging.WARNING)
+    elif not sys.modules['ultralytics'].utils.SAFE_LOAD:  # somebody imported it before: its settings are theirs, but no weights run code
+        sys.modules['ultralytics'].utils.SAFE_LOAD = True
+        from ultralytics.nn import tasks
+        tasks.SAFE_LOAD = True
     return sys.modules['ultralytics']
 
 # %% ../notebooks/api/20_detector.ipynb #open-model
@@ -75,7 +79,7 @@ def _settle(trainer):
 
 # %% ../notebooks/api/20_detector.ipynb #check-settings
 OURS = set('model imgsz epochs batch optimizer lr0 seed device data project name exist_ok plots resume save task mode'.split())
-REFUSED = {'time': 'the clock would decide how long is trained; set epochs'}
+REFUSED = {'time': 'the clock would decide how long is trained; set epochs', 'single_cls': 'the labels have more than one class, and are judged so'}
 
 def check_settings(
     settings: dict, # ultralytics' train settings (docs.ultralytics.com/modes/train/#train-settings)
@@ -86,6 +90,7 @@ def check_settings(
     known = set(DEFAULT_CFG_DICT)
     for k in settings:
         if (k, settings[k]) == ('cache', 'disk'): raise WrongCall("train.settings.cache: 'disk' would write into the pipeline's data; use ram")
+        if k == 'pretrained' and isinstance(settings[k], str): raise WrongCall('train.settings.pretrained: name the weights in train.model instead')
         if k in REFUSED: raise WrongCall(f"train.settings.{k}: {REFUSED[k]}")
         if k in OURS: raise WrongCall(f"train.settings.{k} is decided elsewhere; use the key {k} of the section where there is one")
         if k not in known: raise WrongCall(f"ultralytics has no train setting {k!r}.{nearest(k, sorted(known - OURS))}")
@@ -197,7 +202,7 @@ def _bundle(weights, out, about):
     with replacing(out/'best.pt') as tmp:
         with open(tmp, 'wb') as f: torch.save(dict(epoch=-1, model=net, ema=None, train_args=net.args, version=weights['version']), f)
     tensors = tensor_hash(net.state_dict())
-    write_json(out/'model.json', dict(about, tensors=tensors))
+    write_json(out/'model.json', dict(about, tensors=tensors, file=file_digest(out/'best.pt')))
     return tensors
 
 def tensor_hash(
@@ -228,6 +233,7 @@ def train(
 ) -> tuple:           # (report, curves: column → values, one an epoch)
     "Train a detector. Raises `WrongCall` for a model, setting or device that does not exist."
     check_settings(settings)
+    if imgsz < 32 or imgsz % 32: raise WrongCall(f'imgsz {imgsz}: a side is halved five times: name a multiple of 32, like {max(32, round(imgsz / 32) * 32)}')
     if batch < 1 and ',' in device: raise WrongCall(f'batch {batch} finds out what fits on one card; on {device} name a number')
     tree, work, device = Path(tree).resolve(), Path(work).resolve(), device_name(device)
     chosen, yolo = dict(imgsz=imgsz, epochs=epochs, batch=batch, optimizer=optimizer, lr0=lr0, seed=seed, **settings), open_model(model)
@@ -270,7 +276,7 @@ def _outcome(folder, out, model, imgsz, device, known):
     file = last/'best.pt' if (last/'best.pt').exists() else last/'last.pt'
     weights, curves = torch_load(file, map_location='cpu'), _curves(last/'results.csv')
     names = list(weights['ema'].names.values())
-    best = max(range(len(curves['epoch'])), key=lambda i: curves['val_map'][i])
+    best = weights['epoch']
     parameters = sum(p.numel() for p in weights['ema'].parameters())
     tensors = _bundle(weights, out, dict(names=names, imgsz=imgsz, architecture=model, **known))
     return dict(model=model, start=file_digest(model), device=select_device(device).type, classes=len(names), parameters=parameters,

@@ -80,17 +80,24 @@ def _surprise(distance, n, m):
     return float(kstwo.sf(distance, round(n * m / (n + m))))
 
 # %% ../notebooks/api/22_drift.ipynb #mix
+def _whole(row):
+    "The row in whole numbers of the same sum."
+    low = np.floor(row)
+    low[np.argsort(low - row, kind='stable')[:round((row - low).sum())]] += 1
+    return low
+
 def _mix(counts, pictures):
     "Total variation of two dicts label → boxes, its p value, and the label whose share changed most."
-    from scipy.stats import chi2_contingency
+    from scipy.stats import MonteCarloMethod, chi2_contingency
     labels = sorted(set(counts[0]) | set(counts[1]))
     table = np.array([[of.get(label, 0) for label in labels] for of in counts], float)
     total = table.sum(1, keepdims=True)
     change = np.diff(table / total, axis=0)[0]
     table *= np.minimum(1, np.reshape(pictures, (2, 1)) / total)
-    often = (np.outer(table.sum(1), table.sum(0)) / table.sum() >= 5).all(0)
-    kept = np.column_stack([table[:, often], table[:, ~often].sum(1)])
-    p = chi2_contingency(kept[:, kept.sum(0) > 0], correction=False).pvalue
+    rare = (np.outer(table.sum(1), table.sum(0)) / table.sum() < 5).any()
+    if rare: table = np.array([*map(_whole, table)])
+    how = dict(method=MonteCarloMethod(n_resamples=9999, rng=np.random.default_rng(0))) if rare else {}
+    p = chi2_contingency(table[:, table.any(0)], correction=False, **how).pvalue
     return float(np.abs(change).sum() / 2), float(p), labels[np.abs(change).argmax()]
 
 # %% ../notebooks/api/22_drift.ipynb #compare

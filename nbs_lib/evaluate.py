@@ -284,6 +284,7 @@ def evaluate(
 ) -> Evaluation:
     "Judge a detector on a part of the pictures. Raises what `check_shares` raises, before anything is predicted."
     check_shares(conf=conf, match_iou=match_iou, suspect=suspect, bootstrap=bootstrap)
+    if not 0 <= iou <= 1 or min(batch, max_det) < 1: raise WrongCall(f'iou is a share, batch and max_det are at least 1, not {iou}, {batch} and {max_det}')
     samples, names, _ = load_coco(Path(tree)/f'{part}.json', Path(tree)/'images'/part)
     detector = load(bundle, device)
     found = predict(detector, [s.path for s in samples], conf=.001, iou=iou, max_det=max_det, batch=batch)

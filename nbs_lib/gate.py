@@ -20,7 +20,7 @@ from .config import WrongCall, coerce, digest, file_digest, nearest
 from .predict import load, predict
 from .draw import show_gate
 from .metrics import bootstrap as resample, interval, match_samples
-from .registry import champion, download, find, history, promote, versions
+from .registry import Overtaken, champion, download, find, history, promote, versions
 from .store import asking, connect
 
 # %% ../notebooks/api/33_gate.ipynb #rules
@@ -229,7 +229,9 @@ def gate(
                 kept = _keep(client, candidate, holder, key, who, *judged)
             now, kept = champion(client, name), dict(kept, champion=holder and holder.version)
             if now and now.version != kept['champion']: continue  # another process promoted meanwhile
-            if kept['promoted']: promote(client, name, candidate.version, why=kept['text'][:1000], who=who, kind='gate', decision=kept)
+            to = dict(why=kept['text'][:1000], who=who, kind='gate', decision=kept, over=kept['champion'] or 0)
+            try: kept['promoted'] and promote(client, name, candidate.version, **to)
+            except Overtaken: continue
             return dict(kept, new=new)
 
 def _settled(client, candidate, holder):

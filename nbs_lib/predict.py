@@ -88,6 +88,7 @@ def predict(
     "Detect objects. Raises `WrongCall` for a picture that cannot be decoded."
     from ultralytics.data.augment import LetterBox
     found, side = [None] * len(images), imgsz or detector.imgsz
+    if side % detector.stride: raise WrongCall(f'imgsz {side}: name a multiple of {detector.stride}, as the network needs it')
     fitted = _fitted(images, LetterBox(side, auto=True, stride=detector.stride), 8 * batch)
     for start in tqdm(range(0, len(images), 8 * batch), 'predicting', delay=2):
         some = sorted(enumerate(next(fitted), start), key=lambda x: x[1][0])

@@ -16,7 +16,7 @@ from .package import package
 from .registry import register, stored, versions
 from .runtimes import check_formats, export
 from .store import asking, connect, experiment, mlflow
-from .tracking import attach, find_run, flat, metric, origin
+from .tracking import attach, find_run, flat, judged, metric, origin
 
 # %% ../notebooks/api/32_publish.ipynb #made
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def checked(
     for name in ('train', 'evaluate'):
         if not (made.reports/f'{name}.json').is_file(): raise WrongCall(f'{made.reports} holds no {name}.json: the model needs it; `make run` makes it')
         told[name] = read_json(made.reports/f'{name}.json')
+    if told['model'].get('file') != file_digest(made.models/'best.pt'):
+        raise WrongCall(f"{made.models/'best.pt'} is not the file that model.json beside it speaks of: `make run` brings them together")
     for name, key in (('train', 'tensors'), ('evaluate', 'model')):
         if told[name].get(key) != told['model']['tensors']:
             raise WrongCall(f"{made.reports/f'{name}.json'} speaks of other weights than {made.models}: `make run` brings them together")
@@ -115,7 +117,7 @@ def _numbers(told):
     train, evaluation = told['train'], told['evaluate']
     best = {'best/epoch': train['best_epoch'], 'best/map50': train['val_map50'], 'best/map': train['val_map'], 'parameters': train['parameters']}
     measured = {k: v for k, v in evaluation.items() if isinstance(v, (int, float)) and v != -1}  # -1: there was nothing of that size
-    return best | {f"{evaluation['part']}/{k}": v for k, v in measured.items()}
+    return best | {f"{judged(evaluation['part'])}/{k}": v for k, v in measured.items()}
 
 def _lacking(client, run, told):
     "Metrics that a run does not have yet."

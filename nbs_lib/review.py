@@ -83,7 +83,7 @@ def look(
     name = letter.picture or (letter.file if Path(letter.file).suffix.lower() in PICTURES else '')
     path = next((p for p in (Path(root)/letter.source/name, Path(root)/name) if name and p.is_file()), None)
     image = getattr(decode_file(path, min_side=1, **limits), 'image', None) if path else None
-    sample = kept.get(path.relative_to(root).as_posix()) if path else None
+    sample = kept.get(path.relative_to(root).as_posix()) if path and path.is_relative_to(root) else None  # a batch may lie elsewhere
     box = image and (outline(letter.record, image.size) if letter.box is None else np.array(letter.box))
     return Look(letter, path, image, sample.boxes if sample else Boxes([], []), box)
 

@@ -39,7 +39,7 @@ def shown(
     uri: str,  # of a store
 ) -> str:      # the same without user and password
     "An address as it may be read by others: notebooks are kept, and published."
-    return re.sub('//[^/@]*@', '//…@', uri)
+    return re.sub('//.*@', '//…@', uri)  # a password may hold any of them
 
 def _told(uri, text):
     "What went wrong with a store, and what to do."
@@ -79,6 +79,7 @@ def _follow(file, experiments):
     "An embedded store holds absolute paths; where its folder was moved or copied, so are they. MLflow has no call for that."
     place, ours = file.parent.resolve()/'artifacts', lambda path: path.is_absolute() and path.name == 'artifacts'
     for old in {e.artifact_location for e in experiments if ours(Path(e.artifact_location))} - {str(place)}:
+        if Path(old).is_dir() and not (Path(old).parent/file.name).exists(): continue  # no store lies beside it: somebody wanted them there
         with closing(sqlite3.connect(file)) as db:
             for table, column in PATHS:
                 change = f'UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?'  # nosec B608: names of ours

@@ -1,7 +1,7 @@
 "From a letter to a decision, and from there into the pipeline, on the command line."
 import json
 
-from nbs_lib.deadletter import read_history, write_patch
+from nbs_lib.deadletter import Letter, read_history, write_letters, write_patch
 
 
 def letters(workspace): return {letter["code"]: letter for letter in json.loads(workspace.run("nbs", "letters", "--json"))}
@@ -10,14 +10,19 @@ def letters(workspace): return {letter["code"]: letter for letter in json.loads(
 def test_decisions_reach_the_pipeline(finished):
     before, report = letters(finished), finished.report("ingest")
     empty, gone, outside = (before[code] for code in ("empty_box", "missing_image", "box_outside"))
-    shown = finished.run("nbs", "letters", "show", empty["id"], "--png", "letter.png")
-    assert "the box has no width" in shown and "in 1 runs; open" in shown and (finished/"letter.png").read_bytes().startswith(b"\x89PNG")
+    shown = finished.run("nbs", "letters", "show", empty["id"], "--png", "letter.bmp")
+    assert "the box has no width" in shown and "in 1 runs; open" in shown and (finished/"letter.bmp").read_bytes().startswith(b"\x89PNG")
 
     finished.run("nbs", "letters", "replace", empty["id"], json.dumps({**empty["record"], "bbox": [10, 10, 20, 20]}), "--why", "width and height were lost")
     finished.run("nbs", "letters", "drop", gone["id"][:8], "--why", "the disk is gone")
     finished.run("nbs", "letters", "replace", outside["id"], json.dumps({**outside["record"], "bbox": [9, 9, -5, 1]}), "--why", "a guess")
     write_patch(finished/"data/patches.jsonl", "0" * 12, action="drop", why="of a set that we had before")
     assert "say why" in finished.run("nbs", "letters", "drop", empty["id"], "--why", " ", status=2)
+    suspects = finished/"data/reports/suspects.jsonl"
+    write_letters([Letter("suspect_class", "box", "fetched", "a.json", 1, "a dog on a cat", dict(label="dog"))], suspects)
+    decisions, suspect = (finished/"data/patches.jsonl").read_text(), json.loads(suspects.read_text())["id"]
+    assert "has not the letters of the pipeline" in finished.run("nbs", "letters", "--file", str(suspects), "drop", suspect, "--why", "it is", status=2)
+    assert (finished/"data/patches.jsonl").read_text() == decisions
 
     kept = finished.results("interim", "reports")
     said = finished.run("nbs", "redrive")
