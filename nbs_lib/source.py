@@ -42,7 +42,7 @@ def is_name(
     value,    # what a record gives as a class name
 ) -> bool:
     "Whether it is text with something to see in it. Spaces may be wide, and joiners, which Persian and Hindi are written with, are no odd signs."
-    if not isinstance(value, str) or value.strip(f'{JOINERS} ') == '': return False
+    if not isinstance(value, str) or ''.join(value.split()).strip(JOINERS) == '': return False
     return value.isprintable() or all(c.isprintable() or c in JOINERS or unicodedata.category(c) == 'Zs' for c in value)
 
 JOINERS = '\u200c\u200d'
