@@ -18,7 +18,7 @@ from flows.score import champion, planned, score
 from flows.stage import check_params, end_survivors, stage_notebooks
 from nbs_lib.config import WrongCall, digest, edit_params, file_digest, overlay, params, read_json, replacing, run_id, tracking_uri, write_json
 from nbs_lib.formats import several
-from nbs_lib.incoming import gather, judged, take, take_rest, waiting
+from nbs_lib.incoming import gather, growing, judged, take, take_rest, waiting
 
 CACHE, INCOMING, RAW, PATCHES = ROOT/"data/cache", ROOT/"data/incoming", ROOT/"data/raw/incoming", ROOT/"data/patches.jsonl"
 DONE = CACHE/"retrain.json"  # the state that was published and judged last
@@ -64,13 +64,16 @@ def preflight(values):
 
 @step("incoming")
 def incoming(settle, run):
-    "Take batches with annotations to the raw data; their names, and those of the batches that wait to be scored. And what people decided elsewhere."
+    """Take batches with annotations to the raw data; their names, those of the batches that wait to be scored, and a line where some must be left alone for
+    longer. And what people decided elsewhere."""
     if (file := os.environ.get("NBS_DECISIONS")) and file_digest(file) != file_digest(PATCHES):
         with replacing(PATCHES) as tmp: shutil.copyfile(file, tmp)
         get_run_logger().info(f"people's decisions on dead letters are those of {file}")
+    young = growing(INCOMING, settle)  # before what follows looks: what has become still by then is taken
     (taken, closed), gathered = take_rest(INCOMING, RAW), gather(INCOMING, run, settle)
     batches = waiting(INCOMING, settle)
     if gathered and gathered not in [b.path for b in batches]: batches.append(judged(gathered))  # its files were left alone, it was made just now
+    if later := too_young({p: age for p, age in young.items() if p.exists() and p not in [b.path for b in batches]}, settle): get_run_logger().warning(later)
     for batch in batches:
         if batch.unclear: get_run_logger().warning(f"{batch.path.relative_to(ROOT)} is left where it lies: {batch.why}")
     for batch in (b for b in batches if b.format):
@@ -83,7 +86,14 @@ def incoming(settle, run):
         Command("dvc", "add", str(folder.relative_to(ROOT))).end()  # also what a killed run had taken
     if names := unread(RAW.glob("*"), ROOT/params("ingest")["root"], params("ingest")["sources"]):
         get_run_logger().warning(f"data/raw/incoming has {', '.join(names)}, which ingest.sources does not read: add {{path: incoming/*, format: auto}}")
-    return [folder.name for folder in taken], [b.path.name for b in batches if not b.format and not b.unclear]
+    return [folder.name for folder in taken], [b.path.name for b in batches if not b.format and not b.unclear], later
+
+
+def too_young(ages, settle):
+    "A line about what must be left alone for longer, path → for how long it was; else nothing."
+    if not ages: return ""
+    some = ", ".join(f"{path.relative_to(INCOMING.parent.parent)} (for {age:.0f} s)" for path, age in [*ages.items()][:3])
+    return f"to be left alone for {settle:g} s before it is taken: {some}{f' and {len(ages) - 3} more' if len(ages) > 3 else ''}"
 
 
 def unread(folders, root, sources):
@@ -119,8 +129,14 @@ def publish():
 
 @step("gate")
 def gate(version):
+    "What was decided. People hear of it at once: what comes after may fail or be killed, and to the next run it is old."
     follow(done := Command("nbs", "gate", str(version), "--json"), 3)
-    return json.loads(done.said[-1])
+    judged = json.loads(done.said[-1])
+    if judged["new"]: notify(f"model {'promoted' if judged['promoted'] else 'refused'}", outcome(judged), not judged["promoted"])
+    return judged
+
+
+def outcome(judged): return f"version {judged['version']} {judged['text']}"
 
 
 @step("push", retries=3, retry_delay_seconds=[1, 5, 15])
@@ -150,21 +166,20 @@ def work(settle, refetch, values, run):
     "What a run does, once it is alone."
     preflight(values)
     pull(refetch, far := remote())
-    taken, waits = incoming(settle, run)
+    taken, waits, later = incoming(settle, run)
     changed = ask("dvc", "status", "--json")
     if not changed and DONE.is_file() and read_json(DONE) == state():
-        if said := scored(waits): return Completed(message="; ".join(said))
-        return Completed(name="Nothing new", message="nothing new: data, code and parameters are those of the last run")
+        if said := scored(waits): return Completed(message="; ".join(filter(None, [*said, later])))
+        nothing = "nothing new: data, code and parameters are those of the last run"
+        return Completed(name="Nothing new", message="; ".join(filter(None, [nothing, later])))
     keep_edited()
     reproduce(far)
     seen, published = state(), publish()
     judged = gate(published["version"])
     if far: push()
-    write_json(DONE, seen)  # what is edited while the gate is at work is new to the next run
     tell(run, taken, scored(waits), published, judged)
-    outcome = f"version {judged['version']} {judged['text']}"
-    if judged["new"]: notify(f"model {'promoted' if judged['promoted'] else 'refused'}", outcome, not judged["promoted"])
-    return Completed(message=outcome)
+    write_json(DONE, seen)  # what is edited while the gate is at work is new to the next run
+    return Completed(message="; ".join(filter(None, [outcome(judged), later])))
 
 
 @flow(name="retrain")

@@ -214,12 +214,42 @@ def test_a_form_takes_what_its_stage_takes(monkeypatch, tmp_path):
 def test_files_that_were_left_alone_are_not_left_for_another_run(monkeypatch, tmp_path):
     from prefect.logging import disable_run_logger
     from flows import retrain
-    for name in ("INCOMING", "RAW"): (folder := tmp_path/name).mkdir(); monkeypatch.setattr(retrain, name, folder)
+    for name in ("INCOMING", "RAW"): (folder := tmp_path/"data"/name).mkdir(parents=True); monkeypatch.setattr(retrain, name, folder)
     for i in range(2): Image.new("RGB", (64, 64)).save(retrain.INCOMING/f"{i}.jpg")
     with disable_run_logger():
-        assert retrain.incoming.fn(1, "early") == ([], [])
+        early = "to be left alone for 1 s before it is taken: data/INCOMING/0.jpg (for 0 s), data/INCOMING/1.jpg (for 0 s)"
+        assert retrain.incoming.fn(1, "early") == ([], [], early)
         time.sleep(1.1)
-        assert retrain.incoming.fn(1, "run") == ([], ["run"])
+        assert retrain.incoming.fn(1, "run") == ([], ["run"], "")
+
+
+def test_what_the_gate_decides_is_told_before_anything_can_fail(monkeypatch, tmp_path):
+    "And as long as the run has not told all, the next one does not take it for done."
+    from prefect.logging import disable_run_logger
+    from flows import retrain
+    heard, fails = [], []
+    class Gate:
+        said = ['{"version": "2", "new": true, "promoted": true, "text": "passed"}']
+        def __init__(self, *words): assert words[:2] == ("nbs", "gate")
+        def __iter__(self): return iter(self.said)
+        def end(self, *fine): return 0
+    def at(step):
+        if step in fails: raise retrain.WrongCall(step)
+    quiet = lambda *given: None
+    for name, stand_in in dict(preflight=quiet, pull=quiet, remote=lambda: True, incoming=lambda *_: ([], [], "monday must wait"), ask=lambda *_: {},
+                               keep_edited=quiet, reproduce=quiet, state=lambda: "now", publish=lambda: dict(version="2"), gate=retrain.gate.fn, Command=Gate,
+                               push=lambda: at("push"), scored=lambda waits: at("scored"), tell=quiet, DONE=tmp_path/"done.json",
+                               notify=lambda *told: heard.append(told)).items(): monkeypatch.setattr(retrain, name, stand_in)
+    with disable_run_logger():
+        for step in ("push", "scored"):
+            fails[:] = [step]
+            with pytest.raises(retrain.WrongCall, match=step): retrain.work(0, False, {}, "run")
+            assert heard.pop() == ("model promoted", "version 2 passed", False) and not heard and not retrain.DONE.exists()
+        fails.clear()
+        Gate.said = [Gate.said[0].replace('"new": true', '"new": false')]
+        assert retrain.work(0, False, {}, "run").message == "version 2 passed; monday must wait" and retrain.DONE.exists() and not heard
+        monkeypatch.setattr(retrain, "scored", quiet)
+        assert retrain.work(0, False, {}, "run").message == "nothing new: data, code and parameters are those of the last run; monday must wait"
 
 
 def test_other_weights_under_the_same_name_are_told(monkeypatch, tmp_path):
