@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from flows.home import ROOT
+from flows.reaper import leash
 from nbs_lib.boxes import iou
 from nbs_lib.config import WrongCall, cores, environment, nearest, params, read_json, replacing, write_json
 from nbs_lib.detector import train
@@ -201,7 +202,7 @@ def main():
         if name not in there: raise WrongCall(f"there is no benchmark {name!r}.{nearest(name, there)}")
     for name in args.names or there:
         print(f"bench: {name}", flush=True)
-        rows = run(there[name], args.small)
+        with leash(): rows = run(there[name], args.small)
         for r in rows: print(line(r), flush=True)
         if not args.small: keep(rows, [name])
 

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, create_model
 
 from flows.home import ROOT
 from flows.stage import stage_notebooks
-from nbs_lib.config import COMMANDS, params, read_yaml
+from nbs_lib.config import COMMANDS, WrongCall, params, read_yaml
 
 
 @cache
@@ -35,9 +35,11 @@ def form(name, keys, usual):
 
 
 def sections(*names: str):
-    "A form for each of the sections, in the order of params.yaml."
-    usual, keys = read_yaml(ROOT/"params.yaml"), declared()
-    return {name: form(name, keys[name], usual[name]) for name in usual if name in names}
+    "A form for each of the sections, in the order of params.yaml. What is wrong in that file is for the run to tell, which people hear of."
+    try: usual = read_yaml(ROOT/"params.yaml")
+    except WrongCall: usual = None
+    usual = {name: values if isinstance(values, dict) else {} for name, values in (usual if isinstance(usual, dict) else {}).items()}
+    return {name: form(name, declared()[name], usual.get(name, {})) for name in dict.fromkeys([*usual, *names]) if name in names}
 
 
 def with_sections(*names: str):

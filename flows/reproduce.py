@@ -3,15 +3,35 @@
 Its commit, what was changed in it, its parameters and its data are laid out aside, the pipeline runs there, and the scores are held beside each other.
 """
 import argparse, json, os, shutil, subprocess, sys
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from flows.commands import git
 from flows.home import ROOT
-from nbs_lib.config import WrongCall, params, read_json, read_yaml, tracking_uri
+from flows.reaper import leash
+from flows.stage import end_survivors
+from nbs_lib.config import WrongCall, file_digest, params, read_json, read_yaml, tracking_uri
 from nbs_lib.registry import download, find
 from nbs_lib.store import asking, connect
 
 CODE = "nbs_lib/", "notebooks/"
+
+
+@contextmanager
+def own(folder):
+    "A folder to work in, made anew, for this run alone; nothing that is started in it outlives the run."
+    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if there - {"kept", "workspace", "lock"} or there == {"workspace"}: raise WrongCall(f"{folder} is not empty: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try: lock = FileLock(folder/"lock", timeout=0).acquire()
+    except Timeout: raise WrongCall(f"another run makes a version in {folder}: wait for it, or name another --folder") from None
+    with lock, leash():
+        end_survivors()
+        for name in ("kept", "workspace"): shutil.rmtree(folder/name, ignore_errors=True)
+        (folder/"kept").mkdir()
+        yield
 
 
 def attached(client, version, folder):
@@ -40,9 +60,23 @@ def lay_out(tags, kept, folder):
     for name in ("params.yaml", "dvc.lock"): shutil.copyfile(kept/name, folder/name)
 
 
+def bring_start(kept, folder):
+    "The weights that the training started from, which may lie in nobody's keeping: here, or where ultralytics has them from."
+    start, name = read_json(kept/"reports/train.json").get("start"), read_yaml(kept/"params.yaml")["train"]["model"]
+    if not start or file_digest(folder/name) == start: return
+    if (there := file_digest(ROOT/name)) == start:
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT/name, folder/name)
+    elif there: raise WrongCall(f"{name} is not the file that this version was trained from (now {there}, then {start}): put that one there")
+    else:
+        from nbs_lib.detector import ultralytics
+        if name not in ultralytics().utils.downloads.GITHUB_ASSETS_NAMES:
+            raise WrongCall(f"{name}, which this version was trained from ({start}), is not here: put it there")
+
+
 def dvc(folder, *words, told=True):
     "Run DVC in the folder, with its own library and its own tracking store; what it says goes to people, or into the outcome."
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("NBS_", "DVC_", "MLFLOW_")) or k.startswith("NBS_STAGE_")}  # the leash
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     to = dict(stdout=sys.stderr) if told else dict(capture_output=True, text=True)
     return subprocess.run([sys.executable, "-m", "dvc", *words], cwd=folder, env={**clean, "PATH": path, "PYTHONPATH": str(folder)}, **to)
@@ -82,17 +116,14 @@ def compare(then, now, noise):
 
 
 def reproduce(version, model, noise, folder):
-    "Make a version again in a folder of its own; the comparison."
+    "Make a version again in a folder that is `own`; the comparison."
     uri, kept = tracking_uri(ROOT/"data/mlflow"), folder/"kept"
     with asking(uri):
         found = find(client := connect(uri), model, version)
         tags = client.get_run(found.run_id).data.tags
-    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    if there - {"kept", "workspace"} or there == {"workspace"}: raise WrongCall(f"{folder} is not empty: name a new folder")
-    for name in ("kept", "workspace"): shutil.rmtree(folder/name, ignore_errors=True)
-    kept.mkdir(parents=True)
     attached(client, found, kept)
     lay_out(tags, kept, here := folder/"workspace")
+    bring_start(kept, here)
     bring_data(here)
     stages = [s for s in read_yaml(here/"dvc.yaml")["stages"] if s != "fetch"]
     if dvc(here, "repro", "--force", "--single-item", *stages).returncode:
@@ -110,7 +141,8 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON for a program")
     args = parser.parse_args()
     folder = (args.folder or ROOT/f"data/cache/reproduce/{args.version}").resolve()
-    try: done = reproduce(args.version, args.model or params("publish")["model"], args.noise, folder)
+    try:
+        with own(folder): done = reproduce(args.version, args.model or params("publish")["model"], args.noise, folder)
     except (WrongCall, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         sys.exit(2)

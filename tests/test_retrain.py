@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from conftest import last
-from nbs_lib.config import file_digest, write_json
+from nbs_lib.config import WrongCall, file_digest, write_json
 from nbs_lib.registry import versions
 from nbs_lib.scenes import write_scenes
 from nbs_lib.store import connect
@@ -174,6 +174,8 @@ def test_a_failure_is_one_line_and_told(finished, server):
         fails("no environment 'nowhere'", "retraining failed", NBS_ENV="nowhere")
         finished.set(train=dict(epochz=3))
         fails("Did you mean 'epochs'?", "retraining failed")
+        with open(finished/"params.yaml", "a") as file: file.write("<<<<<<< HEAD\n")
+        fails("params.yaml: not YAML", "retraining failed")
     assert not registered(finished)
 
 
@@ -209,6 +211,17 @@ def test_a_form_takes_what_its_stage_takes(monkeypatch, tmp_path):
     monkeypatch.setattr(forms, "ROOT", tmp_path)
     assert forms.typed("train")["device"] == "0" and forms.typed("train", device="cpu")["device"] == "cpu"
     assert forms.typed("gate", tolerance=.5)["tolerance"] == .5
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\n", "train:\n", "[]", ""])
+def test_a_broken_file_still_has_its_forms(monkeypatch, tmp_path, text):
+    "So that the run begins, and tells what is wrong."
+    from flows import forms
+    keys = forms.declared()["train"]  # of the workspace's notebooks
+    monkeypatch.setattr(forms, "ROOT", tmp_path)
+    (tmp_path/"params.yaml").write_text(text)
+    assert set(forms.sections("train")["train"].model_fields) == set(keys)
+    with pytest.raises(WrongCall, match="params.yaml"): forms.typed("train")
 
 
 def test_files_that_were_left_alone_are_not_left_for_another_run(monkeypatch, tmp_path):
