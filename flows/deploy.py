@@ -27,6 +27,7 @@ ALONE = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrat
 
 def by_commit(source, commit, checkout=None):
     "How workers get the code from git: project, version, steps. Raises `WrongCall` for a commit that they would not find there."
+    if not source: raise WrongCall("name the repository that workers clone: SOURCE=… (--source), or set git's origin")
     if not commit and (changed := git(ROOT, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!data", ":!dvc.lock").splitlines()):
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise WrongCall(f"{changed[0][2:].strip()}{more} changed since the last commit, and workers would not get that: commit and push, or name a --commit")

@@ -93,7 +93,15 @@ def checked(file, number, given, pools):
     if entry.work_pool and entry.work_pool.name not in pools:
         raise WrongCall(f"{where}: work_pools has no pool {entry.work_pool.name!r}.{nearest(entry.work_pool.name, pools)}")
     check_parameters(where, flow_of(entry), entry.parameters)
-    return entry
+    return entry.model_copy(update=dict(parameters=own_timezone(where, entry) | entry.parameters))
+
+
+def own_timezone(where, entry):
+    "What a flow that asks for a timezone, in which it reads the day, is told unless the line says it."
+    if not (zones := sorted({when.timezone for when in entry.schedules})) or "timezone" not in inspect.signature(flow_of(entry).fn).parameters: return {}
+    if len(zones) == 1: return dict(timezone=zones[0])
+    if not entry.parameters.get("batch") or entry.parameters.get("timezone"): return {}
+    raise WrongCall(f"{where}: its schedules have the timezones {' and '.join(zones)}: name the one of `batch` as parameters.timezone")
 
 
 def first(error):

@@ -1,6 +1,7 @@
 """Batches of pictures, scored by the champion: `python -m flows.score data/incoming/monday`."""
 import argparse, glob, json, os
 from typing import Literal
+from zoneinfo import ZoneInfo
 
 import flows.embedded  # noqa: F401  before prefect
 from prefect import flow, runtime
@@ -34,21 +35,23 @@ def planned(bundle, source, values):
     return plan(bundle, DATA/"predictions"/name, DATA/"cache/score"/name, DATA/"cache/runtimes", ROOT, **p)
 
 
-def batches(pictures, batch):
+def batches(pictures, batch, timezone):
     "What `pictures` names; with a pattern the folders below it that are called so, by the time that the run was scheduled for."
     if not batch: return [pictures]
-    pattern = runtime.flow_run.scheduled_start_time.astimezone().strftime(batch)
+    try: zone = ZoneInfo(timezone) if timezone else None
+    except (KeyError, ValueError, OSError): raise WrongCall(f"there is no timezone {timezone!r}; name one such as Europe/Berlin") from None
+    pattern = runtime.flow_run.scheduled_start_time.astimezone(zone).strftime(batch)
     found = [path for path in sorted(glob.glob(f"{glob.escape(str(ROOT/pictures))}/{pattern}")) if os.path.isdir(path)]
     if not found: raise WrongCall(f"{pictures}: there is no folder {pattern} in it")
     return found
 
 
-def work(pictures, batch, each, values):
+def work(pictures, batch, timezone, each, values):
     "What a run does, once it is alone."
     end_survivors()
     bundle, pictures = champion(), pictures or typed("score", **values)["pictures"]
     told, failed = [], []
-    for source in batches(pictures, batch):
+    for source in batches(pictures, batch, timezone):
         try:
             new = not (todo := planned(bundle, source, values)).done
             report = run_plan(todo, each) if new else read_json(todo.out/"report.json")
@@ -68,20 +71,21 @@ def line(of):
 
 @flow(name="score")
 @with_sections("score")
-def score(pictures: str = "", batch: str = "", draw: bool = False, task_runner: Literal["process", "ray"] = "process", address: str = "", workers: int = 0,
-          **sections):
+def score(pictures: str = "", batch: str = "", timezone: str = "", draw: bool = False, task_runner: Literal["process", "ray"] = "process", address: str = "",
+          workers: int = 0, **sections):
     """Let the champion find objects in pictures: a table of boxes in data/predictions, a letter for each picture that cannot be read.
 
     Args:
         pictures: folder, text file with a path a line, or glob; empty: score.pictures of params.yaml
         batch: not all of `pictures`, but each folder in it that is called so; %Y-%m-%d is the day that the run was scheduled for, * is every folder
+        timezone: of that day; empty: this machine's. A line of flows/schedules.yaml fills in that of its schedules
         draw: pictures with their boxes, too
         task_runner: process: on this machine; ray: on a cluster
         address: of the Ray cluster; empty: one on this machine for this run
         workers: processes on this machine; 0: one a core
     """
     values = chosen(sections).get("score", {}) | (dict(draw=True) if draw else {})
-    return guarded(DATA/"cache/score.lock", "scores", lambda: work(pictures, batch, spread(task_runner, address, workers), values), "scoring failed")
+    return guarded(DATA/"cache/score.lock", "scores", lambda: work(pictures, batch, timezone, spread(task_runner, address, workers), values), "scoring failed")
 
 
 def main():

@@ -43,6 +43,7 @@ def test_a_commit_that_workers_would_not_find(tmp_path, monkeypatch):
     (here/"params.yaml").write_text("a: 2\n")
     with refused("params.yaml changed since the last commit"): deploy.by_commit(str(team), None)
     assert deploy.by_commit(str(team), "main")[1] == version
+    with refused("name the repository that workers clone"): deploy.by_commit("", "main")
     with refused("there is no commit 'none' here"): deploy.by_commit(str(team), "none")
     run("commit", "--quiet", "--all", "--message", "two")
     with refused("push it there"): deploy.by_commit(str(team), None)

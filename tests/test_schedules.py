@@ -2,6 +2,7 @@
 import json, signal, time
 from contextlib import suppress
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -45,6 +46,28 @@ def test_what_is_wrong_in_the_file_is_one_line(tmp_path):
         (tmp_path/"s.yaml").write_text(text)
         with pytest.raises(WrongCall) as error: entries(tmp_path/"s.yaml")
         assert why in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_day_is_that_of_the_line(tmp_path, monkeypatch):
+    "A run due half an hour after midnight in Berlin scores the day that has just begun there, whatever the machine's clock says."
+    from flows import score
+    from flows.schedules import entries
+    def read(schedules, parameters="pictures: data/incoming, batch: '%Y-%m-%d'"):
+        line = f"deployments:\n  - {{name: a, flow: score, schedules: [{schedules}], parameters: {{{parameters}}}}}\n"
+        (tmp_path/"s.yaml").write_text(line)
+        return entries(tmp_path/"s.yaml")[0].parameters
+    berlin, utc = "{cron: '30 0 * * *', timezone: Europe/Berlin}", "{interval: 60}"
+    assert read(berlin)["timezone"] == "Europe/Berlin" and read("") == dict(pictures="data/incoming", batch="%Y-%m-%d")
+    assert read(f"{berlin}, {utc}", "batch: '*', timezone: Asia/Tokyo")["timezone"] == "Asia/Tokyo" and not read(f"{berlin}, {utc}", "")
+    with pytest.raises(WrongCall, match="its schedules have the timezones Europe/Berlin and UTC"): read(f"{berlin}, {utc}")
+    assert "timezone" not in entries()[0].parameters and entries()[1].parameters["timezone"] == "UTC"
+
+    due = SimpleNamespace(flow_run=SimpleNamespace(scheduled_start_time=datetime(2026, 1, 1, 23, 30, tzinfo=UTC)))
+    monkeypatch.setattr(score, "runtime", due)
+    for day in (1, 2): (tmp_path/f"2026-01-0{day}").mkdir()
+    of = lambda zone: [path[-2:] for path in score.batches(str(tmp_path), "%Y-%m-%d", zone)]
+    assert (of("UTC"), of("Europe/Berlin")) == (["01"], ["02"])
+    with pytest.raises(WrongCall, match="there is no timezone 'Berlin'"): of("Berlin")
 
 
 @pytest.mark.flows
