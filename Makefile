@@ -45,7 +45,7 @@ run: install  ## pictures in, judged detector out, champion where it is better
 	@dvc metrics show data/reports/evaluate.json
 
 retrain: install  ## what the schedule does, once and without a server: new data, what changed, publish, gate
-	@python -m flows.retrain
+	@python -m flows.retrain || [ $$? = 3 ]  # another run is at work, and has said so
 
 serve: install  ## the schedules of flows/schedules.yaml, with Prefect's pages on http://127.0.0.1:4200
 	@python -m flows.serve

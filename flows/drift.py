@@ -149,7 +149,7 @@ def drift(hours: float = 168, alpha: float = .01, effect: float = .1, least: int
 
 
 def main():
-    "Run it once. Status 0: done, drifted or not; 1: failed; 2: called wrongly, or no server where one is named."
+    "Run it once. Status 0: done, drifted or not; 1: failed; 2: called wrongly, or no server where one is named; 3: another run compares."
     parser = argparse.ArgumentParser(prog="python -m flows.drift", description="Compare new pictures with those that the champion was judged on. Once.")
     parser.add_argument("--hours", type=float, default=168, help="how far back")
     parser.add_argument("--alpha", type=float, default=.01, help="chance that a run calls people for nothing")

@@ -199,7 +199,7 @@ def retrain(settle: float = 10, refetch: bool = False, **sections):
 
 
 def main():
-    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly, or no server where one is named."
+    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly, or no server where one is named; 3: another run is at work."
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="Do anew what changed, publish, judge. Once, without a server.")
     parser.add_argument("--settle", type=float, default=10, help="seconds for which a batch in data/incoming must have been left alone")
     parser.add_argument("--refetch", action="store_true", help="ask the address of the stage fetch again, though nothing changed here")

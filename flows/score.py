@@ -89,7 +89,7 @@ def score(pictures: str = "", batch: str = "", timezone: str = "", draw: bool = 
 
 
 def main():
-    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly, or no server where one is named."
+    "Run it once. Status 0: done, or nothing to do; 1: failed; 2: called wrongly, or no server where one is named; 3: another run is at work."
     parser = argparse.ArgumentParser(prog="python -m flows.score", description="Score pictures with the champion. Once, without a server.")
     parser.add_argument("pictures", nargs="?", default="", help="folder, text file with a path a line, or glob; default: score.pictures of params.yaml")
     parser.add_argument("--batch", default="", help="each folder in it that is called so, such as %%Y-%%m-%%d (today's) or * (every one)")

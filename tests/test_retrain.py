@@ -155,9 +155,22 @@ def test_a_run_outlives_its_server(finished, server, stage):
 @pytest.mark.flows
 def test_one_at_a_time(finished, server):
     flow = working(finished, server, "train", "start")
-    assert retrain(finished, server) == "skipped: another run is at work in this workspace"
+    assert retrain(finished, server, status=3) == "skipped: another run is at work in this workspace"
     assert "version 1 passed" in end(flow)
     assert [r["state"]["type"] for r in server.ask("/flow_runs/filter", {"flow_runs": {"state": {"name": {"any_": ["Skipped"]}}}})] == ["COMPLETED"]
+
+
+def test_a_run_that_another_kept_away_has_a_status_of_its_own(monkeypatch, capsys):
+    from prefect.states import Completed
+    from flows import once, score
+    monkeypatch.setattr(once, "held_by_this_process", lambda: lambda: None)
+    class Flow:
+        name = "score"
+        def __call__(self, **given): return Completed(name="Skipped", message="skipped: another run scores in this workspace")
+    monkeypatch.setattr(score, "score", Flow())
+    monkeypatch.setattr("sys.argv", ["score", "--json"])
+    with pytest.raises(SystemExit) as ended: score.main()
+    assert ended.value.code == 3 and capsys.readouterr() == ("", "skipped: another run scores in this workspace\n")
 
 
 @pytest.mark.flows
