@@ -41,7 +41,7 @@ run: install  ## pictures in, judged detector out, champion where it is better
 	@python -m flows.preflight
 	@dvc repro
 	@nbs publish --gate || [ $$? = 3 ]  # refused is an answer too
-	@echo "run: score in data/reports/evaluate.json, report in data/runs/latest/50_evaluate.html, what was rejected: nbs letters, every run: make mlflow"
+	@echo "run: score in data/reports/evaluate.json, report in $$(python -c 'from flows.stage import page; print(page("evaluate"))'), what was rejected: nbs letters, every run: make mlflow"
 	@dvc metrics show data/reports/evaluate.json
 
 retrain: install  ## what the schedule does, once and without a server: new data, what changed, publish, gate
@@ -146,4 +146,8 @@ lock: install  ## requirements.txt anew from pyproject.toml
 		--output-file notebooks/bench/requirements.txt
 
 clean:  ## remove what can be made again, but not .venv and not your data
-	@rm -rf data/cache data/runs data/interim data/processed data/models data/raw/fetched data/.*.tmp data/raw/.*.tmp
+	@rm -rf data/cache data/interim data/processed data/models data/raw/fetched data/.*.tmp data/raw/.*.tmp
+	@for run in data/runs/*; do \
+		if [[ ! -d $$run/edited || -L $$run ]]; then rm -rf "$$run"; continue; fi; \
+		find "$$run" -mindepth 1 -maxdepth 1 ! -name edited -exec rm -rf {} +; echo "clean: $$run/edited stays, the only copy of what somebody edited"; done
+	@rmdir data/runs 2>/dev/null || true

@@ -13,10 +13,10 @@ import psutil
 
 from flows.home import HOME, ROOT, python_path
 from flows.reaper import find, gone, marked, marks, reap, start_reaper
-from nbs_lib.config import COMMANDS, WrongCall, check_sections, environment, nearest
-from nbs_lib.tracking import link
+from nbs_lib.config import COMMANDS, WrongCall, check_sections, environment, nearest, replacing
+from nbs_lib.tracking import link, linked
 
-RUNS = Path("data/runs")
+RUNS, LINKS = Path("data/runs"), Path("data/cache/executed")
 # nbconvert's page without the scripts that it would load from the network.
 PAGE = "{% extends 'lab/index.html.j2' %}" + "".join(f"{{% block {name} %}}{{% endblock %}}" for name in
     ("html_head_js", "jupyter_widgets", "html_head_js_mathjax", "html_head_js_mermaidjs"))
@@ -156,18 +156,23 @@ def export(executed, why, exporter):
     nb = nbformat.read(executed, as_version=4)
     if why and "papermill-error-cell-tag" not in nb.cells[0].metadata.get("tags", []):
         nb.cells.insert(0, nbformat.v4.new_markdown_cell(f"**{why}**", metadata={"tags": ["papermill-error-cell-tag"]}))
-        nbformat.write(nb, executed)
+        with replacing(executed) as tmp: nbformat.write(nb, tmp)
     html, _ = exporter.from_notebook_node(nb, {"metadata": {"name": executed.stem}})
-    draft = executed.with_suffix(".html.tmp")
-    draft.write_text(html, encoding="utf-8")
-    draft.replace(executed.with_suffix(".html"))
+    with replacing(executed.with_suffix(".html")) as tmp: tmp.write_text(html, encoding="utf-8")
 
 
 def remember(stage, executed, since):
     "Let the report that the stage wrote lead to its notebook, which publishing attaches; an experiment wrote elsewhere, maybe beside the pipeline."
     new = lambda file: file.is_file() and file.stat().st_mtime >= since
     report = Path("data/reports")/f"{stage}.json"
-    if new(report) and not new(executed.parent/f"reports/{stage}.json"): link(report, executed, Path("data/cache/executed"))
+    if new(report) and not new(executed.parent/f"reports/{stage}.json"): link(report, executed, LINKS)
+
+
+def page(stage):
+    "Where the notebook that wrote a stage's report, perhaps in an earlier run, is to be seen; or, in words, that it was executed elsewhere."
+    notebook = linked(Path("data/reports")/f"{stage}.json", LINKS)
+    if notebook and (html := notebook.with_suffix(".html")).is_file(): return os.path.relpath(html)
+    return f"no page (its notebook was not executed here: `dvc repro --force --single-item {stage}` does it)"
 
 
 def run(stage, given, token, stopped):

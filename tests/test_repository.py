@@ -1,5 +1,5 @@
 "Every notebook of the library runs, the library is what the notebooks export, and the notebooks are clean."
-import filecmp, json, shutil, subprocess, sys
+import filecmp, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,25 @@ def test_no_op(command, kept, tmp_path):
     same = lambda p: (ROOT/p).exists() and filecmp.cmp(copy/p, ROOT/p, shallow=False)
     changed = [str(p) for p in (p.relative_to(copy) for p in (copy/kept).rglob("*") if p.is_file()) if not same(p)]
     assert not changed, f"run `make export`: {changed}"
+
+
+def test_clean_leaves_what_nobody_can_make_again(tmp_path):
+    for file in ("runs/1/edited/data/models/best.pt", "runs/1/40_train.html", "runs/2/40_train.html", "cache/retrain.lock", "raw/cells/a.jpg"):
+        (tmp_path/"data"/file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"data"/file).write_text("")
+    (tmp_path/"data/runs/latest").symlink_to("1")
+    clean = lambda: subprocess.run(["make", "-f", ROOT/"Makefile", "clean"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    left = lambda: sorted(str(p.relative_to(tmp_path/"data")) for p in (tmp_path/"data").rglob("*") if not p.is_dir() or p.is_symlink())
+    assert clean() == "clean: data/runs/1/edited stays, the only copy of what somebody edited\n"
+    assert left() == ["raw/cells/a.jpg", "runs/1/edited/data/models/best.pt"]
+    shutil.rmtree(tmp_path/"data/runs/1")
+    assert clean() == "" and not (tmp_path/"data/runs").exists()
+
+
+def test_a_stage_leaves_no_half_of_a_file():
+    "What a library writes for it goes to a temporary name first."
+    written = {p.name: re.findall(r"\.(?:to_csv|savefig)\((\w+)", p.read_text()) for p in (ROOT/"notebooks/stages").glob("*.ipynb")}
+    assert {to for found in written.values() for to in found} == {"tmp"}, written
 
 
 def test_a_commit_takes_no_outputs(workspace):

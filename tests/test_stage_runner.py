@@ -7,7 +7,7 @@ import nbformat, psutil, pytest, yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
 from conftest import ROOT, wait
-from nbs_lib.config import COMMANDS
+from nbs_lib.config import COMMANDS, write_json
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -55,6 +55,33 @@ def start(repo, *command, log="", **env):
 
 
 def stage(repo, *args, **more): return start(repo, sys.executable, "-m", "flows.stage", *args, **more)
+
+
+def test_the_page_of_a_report_is_that_of_the_run_that_wrote_it(tmp_path, monkeypatch):
+    "Not of the latest one, which may have executed another stage, or none."
+    from flows import stage
+    monkeypatch.chdir(tmp_path)
+    write_json(report := Path("data/reports/evaluate.json"), dict(map=.5))
+    assert stage.page("evaluate") == "no page (its notebook was not executed here: `dvc repro --force --single-item evaluate` does it)"
+    (run := Path("data/runs/1")).mkdir(parents=True)
+    for kind in ("ipynb", "html"): (run/f"50_evaluate.{kind}").write_text("")
+    stage.remember("evaluate", run/"50_evaluate.ipynb", report.stat().st_mtime)
+    Path("data/runs/latest").symlink_to("2")
+    assert stage.page("evaluate") == "data/runs/1/50_evaluate.html"
+    write_json(report, dict(map=.6))  # of another clone's run, by `dvc pull`
+    assert stage.page("evaluate").startswith("no page")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_notebook_whole(tmp_path, monkeypatch):
+    from flows.stage import export
+    nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")]), tmp_path/"10_good.ipynb")
+    before = (tmp_path/"10_good.ipynb").read_bytes()
+    def half(nb, file):
+        Path(file).write_text("{")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(nbformat, "write", half)
+    with pytest.raises(OSError, match="No space"): export(tmp_path/"10_good.ipynb", "Stopped by SIGINT", None)
+    assert [p.name for p in tmp_path.iterdir()] == ["10_good.ipynb"] and (tmp_path/"10_good.ipynb").read_bytes() == before
 
 
 def repro(repo, *names):
