@@ -41,7 +41,7 @@ run: install  ## pictures in, judged detector out, champion where it is better
 	@python -m flows.preflight
 	@dvc repro
 	@nbs publish --gate || [ $$? = 3 ]  # refused is an answer too
-	@echo "run: score in data/reports/evaluate.json, report in $$(python -c 'from flows.stage import page; print(page("evaluate"))'), what was rejected: nbs letters, every run: make mlflow"
+	@echo "run: score in data/reports/evaluate.json, report: $$(python -c 'from flows.stage import page; print(page("evaluate"))'), what was rejected: nbs letters, every run: make mlflow"
 	@dvc metrics show data/reports/evaluate.json
 
 retrain: install  ## what the schedule does, once and without a server: new data, what changed, publish, gate
