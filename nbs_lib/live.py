@@ -68,9 +68,9 @@ class Live:
         "Let a version answer; the `Loaded`. Raises `WrongCall` where there is none, the store is down or it does not load; then the one before goes on."
         with self.lock:
             found = find(client := self.connect(), self.name, version)
-            if version == 'champion': self.followed = _which(found)
             if not self.now or _which(self.now) != _which(found):
                 self._become(download(client, self.name, found.version, self.home/f'version-{found.version}'))
+            if version == 'champion': self.followed = _which(found)
             write_json(self.home/'last.json', dict(version=found.version, followed=self.followed))
             return self.now
 
@@ -119,7 +119,7 @@ def following(
 class Asked:
     "A picture that waits for its answer."
     image: object    # PIL image, upright, RGB
-    limits: tuple    # (conf, iou, max_det)
+    limits: dict     # those of conf, iou, max_det that it asks for; the others are the version's
     answer: Future   # of (Loaded, Boxes)
 
     def forget(self, _): self.image = None  # nobody waits for it any more
@@ -134,11 +134,11 @@ class Line:
         self.live, self.batch, self.waiting, self.lanes = live, batch, queue.Queue(most), ThreadPoolExecutor(cores())
         threading.Thread(target=self._work, daemon=True).start()
 
-    def ask(self, images, conf, iou, max_det):
+    def ask(self, images, **limits):
         "Futures of (Loaded, Boxes), one a picture. Raises `queue.Full` where they do not all find room, and `WrongCall` where there is no model yet."
         self.live.answering()
         if len(images) > self.waiting.maxsize - self.waiting.qsize(): raise queue.Full
-        asked = [Asked(image, (conf, iou, max_det), Future()) for image in images]
+        asked = [Asked(image, limits, Future()) for image in images]
         for one in asked:
             one.answer.add_done_callback(one.forget)
             self.waiting.put(one, block=False)
@@ -153,14 +153,14 @@ class Line:
             self._answer(self.live.now, [one for one in some if one.answer.set_running_or_notify_cancel()])
 
     def _answer(self, model, asked):
-        limits = lambda one: one.limits
+        limits = lambda one: sorted({**model.limits, **one.limits}.items())
         if model.abreast and len(asked) > 1: list(self.lanes.map(lambda one: self._predict(model, model.abreast, [one]), asked))
         else:
             for _, same in groupby(sorted(asked, key=limits), key=limits): self._predict(model, model.detector, list(same))
 
     def _predict(self, model, detector, same):
-        (conf, iou, max_det), batch = same[0].limits, 1 if detector.on_cpu else self.batch
-        try: found = predict(detector, [one.image for one in same], conf=conf, iou=iou, max_det=max_det, batch=batch)
+        limits, batch = {**model.limits, **same[0].limits}, 1 if detector.on_cpu else self.batch
+        try: found = predict(detector, [one.image for one in same], **limits, batch=batch)
         except Exception as e: found = e  # whoever asked is told, and the next are answered
         for i, one in enumerate(same):
             if isinstance(found, Exception): one.answer.set_exception(found)

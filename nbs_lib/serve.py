@@ -267,8 +267,8 @@ async def _answered(service, data, limits, begun):
 
 async def _found(service, images, limits):
     "(Loaded, Boxes) of each picture."
-    usual = _answering(service).limits
-    try: waiting = service.line.ask(images, **{**usual, **limits.model_dump(exclude_none=True)})
+    _answering(service)
+    try: waiting = service.line.ask(images, **limits.model_dump(exclude_none=True))
     except queue.Full: raise Refusal(429, 'busy', f'{service.line.waiting.qsize()} pictures wait already', retry=1) from None
     try: return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, waiting)), service.bounds.answer)
     except TimeoutError: raise Refusal(503, 'busy', f'no answer within {service.bounds.answer:g} s', retry=1) from None

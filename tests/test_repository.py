@@ -3,6 +3,7 @@ import filecmp, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import LEFT_OUT, ROOT, git
 
@@ -60,3 +61,10 @@ def test_a_commit_takes_no_outputs(workspace):
     git(workspace, "add", ".pre-commit-config.yaml", "settings.ini", path)
     said = workspace.run("pre-commit", "run", "clean", status=1)
     assert "files were modified by this hook" in said and (workspace/path).read_bytes() == (ROOT/path).read_bytes()
+
+
+def test_whoever_looks_at_requests_in_the_stack_knows_where_they_are():
+    "What answers writes them down; the worker's drift compares them."
+    services = yaml.safe_load((ROOT/"docker/compose.yaml").read_text())["services"]
+    log, = {services[name]["environment"].get("NBS_REQUESTS") for name in ("api", "consumer", "worker")}
+    assert log.endswith("@postgres/requests") and "PREFECT_API_URL" in services["worker"]["environment"]
