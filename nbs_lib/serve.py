@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['router', 'Shared', 'BEARER', 'Limits', 'WRONG', 'IMAGE', 'TEXTS', 'BODY', 'DRAWN', 'Box', 'Answer', 'Answers',
-           'Wrong', 'Update', 'Feedback', 'Thresholds', 'Meters', 'Counted', 'Recent', 'Service', 'create_app', 'about',
+           'Wrong', 'Update', 'Feedback', 'Thresholds', 'Meters', 'Counted', 'Service', 'create_app', 'about',
            'health_live', 'health_ready', 'metrics', 'judge', 'answer', 'predict_pictures', 'predict_annotated',
            'keep_feedback', 'models', 'deployed_version', 'update_model', 'requests', 'feedback', 'listen']
 
 # %% ../notebooks/api/38_serve.ipynb #imports
 import asyncio, queue, secrets, socket, time, uuid
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -24,15 +23,15 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from .boxes import EDGES, Boxes, Sample
-from .config import WrongCall, cores, replacing
+from .boxes import EDGES, Boxes
+from .config import WrongCall, cores
 from .draw import as_png, show_boxes
-from .images import Picture, Refused, claimed, decode, impression
+from .feedback import Labels, Recent
+from .images import Refused, claimed, decode, impression
 from .intake import Bounded, Bounds, Refusal, Room, pictures_of, refuse
 from .live import Line, Live
 from .page import PLACE, address_of, mount
 from .requestlog import RequestLog, rows_of
-from .voc import voc_xml
 
 # %% ../notebooks/api/38_serve.ipynb #shapes
 class Box(BaseModel):
@@ -119,20 +118,7 @@ class Counted:
             path = getattr(scope.get('route'), 'path', 'other')
             self.meters.requests.labels(path, status[0]).inc(); self.meters.seconds.labels(path).observe(time.perf_counter() - begun)
 
-# %% ../notebooks/api/38_serve.ipynb #recent
-class Recent(OrderedDict):
-    "id of an answer → (Picture, Boxes) of the last ones."
-    def __init__(self,
-        most: int = 64_000_000,  # bytes of pictures
-    ):
-        super().__init__()
-        self.most, self.held = most, 0
-
-    def keep(self, id, picture, boxes):
-        self[id] = picture.data, picture.suffix, picture.size, picture.sha, boxes
-        self.held += len(picture.data)
-        while self.held > self.most: self.held -= len(self.popitem(last=False)[1][0])
-
+# %% ../notebooks/api/38_serve.ipynb #service
 @dataclass
 class Service:
     "What answers share."
@@ -147,9 +133,20 @@ class Service:
     def __post_init__(self):
         if len(self.token) < 16: raise WrongCall('the token of the service needs 16 characters or more')
         self.meters, self.pool, self.room = Meters(self), ThreadPoolExecutor(cores()), Room(self.bounds.held)
+        self.labels, self.asking = Labels(self.incoming, self.recent), None
+
+    async def versions(self):
+        "What `Live.versions` gives. Who asks meanwhile gets the same: of a store that hangs, each would hold a thread."
+        if not self.asking or self.asking.done(): self.asking = asyncio.create_task(asyncio.to_thread(self.live.versions))
+        return await asyncio.shield(self.asking)
 
 # %% ../notebooks/api/38_serve.ipynb #create-app
 router = APIRouter()
+
+def _paths(bounds):
+    "What `Bounded` has to know. The page's streams stay open as long as the page does, so they are no requests that are worked on."
+    small, upload = (bounds.small, False), (bounds.bytes + bounds.small, False)
+    return {'/predict': (bounds.body, True), f'{PLACE}/gradio_api/upload': upload, PLACE: small, '/health/': small, '/metrics': small}
 
 def create_app(
     service: Service,
@@ -166,21 +163,21 @@ def create_app(
     close = lambda status: {'Connection': 'close'} if status in (408, 413) else {}  # the rest of the body is never read
 
     @app.exception_handler(HTTPException)
-    def refused(request, e):
+    async def refused(request, e):
         body = e.body if isinstance(e, Refusal) else dict(code='wrong_path' if e.status_code in (404, 405) else 'wrong_body', detail=str(e.detail))
         return JSONResponse(body, e.status_code, {**(e.headers or {}), **close(e.status_code)})
 
     @app.exception_handler(RequestValidationError)
-    def unfit(request, e):
+    async def unfit(request, e):
         told = [f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors()]
         return JSONResponse(dict(code='wrong_parameter', detail='; '.join(told)[:500]), 422)
 
-    app.add_middleware(Bounded, bounds=service.bounds, besides=PLACE)
+    app.add_middleware(Bounded, bounds=service.bounds, paths=_paths(service.bounds))
     app.add_middleware(Counted, meters=service.meters)
     return app
 
 # %% ../notebooks/api/38_serve.ipynb #routes-about
-def _service(request: Request): return request.app.state.service
+async def _service(request: Request): return request.app.state.service
 
 def _answering(service):
     "The `Loaded` that answers now. Raises `Refusal` where there is none yet."
@@ -190,28 +187,28 @@ def _answering(service):
 Shared = Annotated[Service, Depends(_service)]
 BEARER = HTTPBearer(auto_error=False, description='the token that the service was started with')
 
-def _opened(service: Shared, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]):
+async def _opened(service: Shared, given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]):
     if not given or not secrets.compare_digest(given.credentials.encode(), service.token.encode()):
         raise Refusal(401, 'wrong_token', 'this needs the token that the service was started with: Authorization: Bearer …')
 
 @router.get('/', tags=['about'])
-def about(service: Shared) -> dict:
+async def about(service: Shared) -> dict:
     "What this is."
     now = service.live.now
     return dict(name='object detection', answers=now.version if now else None, docs='/docs', page=PLACE, predict='POST /predict/')
 
 @router.get('/health/live', tags=['about'])
-def health_live() -> dict:
+async def health_live() -> dict:
     "Whether the process answers."
     return dict(live=True)
 
 @router.get('/health/ready', tags=['about'])
-def health_ready(service: Shared) -> dict:
+async def health_ready(service: Shared) -> dict:
     "Whether a model answers; if not, why."
     return dict(ready=True, version=_answering(service).version)
 
 @router.get('/metrics', tags=['about'], response_class=Response)
-def metrics(service: Shared):
+async def metrics(service: Shared):
     "What is measured, in Prometheus' form."
     return Response(service.meters.text(service.live.now), media_type='text/plain; version=0.0.4; charset=utf-8')
 
@@ -305,17 +302,13 @@ def keep_feedback(
 ) -> dict:           # written: the file's name, or None where there is nothing to learn from
     "Keep what a person said of an answer. Raises `Refusal` for an answer that is not known any more, and for boxes that cannot be."
     if not (kept := service.recent.get(said.id)): raise Refusal(404, 'unknown_answer', f'there is no answer {said.id!r}, or none any more: ask again')
-    data, suffix, size, sha, found = kept
-    boxes = _corrected(said.boxes, size, service.live.now.detector.names) if said.verdict == 'corrected' else found
+    *_, size, _, found = kept
+    boxes = found if said.verdict == 'right' else _corrected(said.boxes, size, service.live.now.detector.names) if said.verdict == 'corrected' else None
+    try: written = service.labels.keep(said.id, kept, boxes)
+    except OSError as e: raise Refusal(503, 'not_kept', f'nothing was kept: its folder cannot be written: {e.strerror}', retry=5) from None
     try: service.log.feedback(said.id, said.verdict)
-    except WrongCall as e: raise Refusal(503, 'log_down', f'nothing was kept: {e}', retry=5) from None
-    if said.verdict == 'wrong': return dict(written=None)
-    folder = service.incoming/f'feedback-{datetime.now(timezone.utc):%Y-%m-%d}'
-    picture, notes = folder/f'JPEGImages/{sha}{suffix}', folder/f'Annotations/{sha}.xml'
-    for file, content in ((picture, data), (notes, voc_xml(Sample(picture, boxes, size)).encode())):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as tmp: tmp.write_bytes(content)
-    return dict(written=notes.relative_to(service.incoming).as_posix())
+    except WrongCall as e: raise Refusal(503, 'log_down', f'it is not noted with the answer, say it again: {e}', retry=5) from None
+    return dict(written=written and written.relative_to(service.incoming).as_posix())
 
 def _corrected(boxes, size, names):
     for i, b in enumerate(boxes):
@@ -326,13 +319,13 @@ def _corrected(boxes, size, names):
 
 # %% ../notebooks/api/38_serve.ipynb #routes-rest
 @router.get('/models/', tags=['models'])
-def models(service: Shared) -> list[dict]:
+async def models(service: Shared) -> list[dict]:
     "Registered versions, the newest first: aliases, metrics, when they were made."
-    try: return service.live.versions()
+    try: return await service.versions()
     except WrongCall as e: raise Refusal(503, 'no_registry', str(e), retry=5) from None
 
 @router.get('/deployed_version/', tags=['models'])
-def deployed_version(service: Shared) -> dict:
+async def deployed_version(service: Shared) -> dict:
     "The version that answers, and by which runtime."
     now = _answering(service)
     return dict(version=now.version, model=now.model, runtime=next(iter(now.seconds)), seconds=now.seconds, limits=now.limits, classes=now.detector.names)
