@@ -109,7 +109,8 @@ def check_ports():
     try: v6 = ipaddress.ip_address(bound.strip("[]")).version == 6
     except ValueError: raise Wrong(f"NBS_BIND in docker/stack.env must be an address of this machine, not {bound!r}") from None
     for name, port in PORTS.items():
-        port = int(settings().get(name, port))
+        told = settings().get(name) or str(port)  # empty is the default, as for Compose
+        if not told.isdecimal() or not 0 < (port := int(told)) < 65536: raise Wrong(f"{name} in docker/stack.env must be a port from 1 to 65535, not {told!r}")
         address = bound.strip("[]") if name in OPEN else "127.0.0.1"
         with socket.socket(socket.AF_INET6 if v6 and name in OPEN else socket.AF_INET) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -195,7 +196,7 @@ def up():
     print(f"stack: built in {built - begin:.0f} s, healthy {time.monotonic() - built:.0f} s later ({words[0]})")
     deploy()
     told = settings()
-    port = lambda name: told.get(name, PORTS[name])
+    port = lambda name: told.get(name) or PORTS[name]
     print(f"stack: JupyterLab http://127.0.0.1:{port('JUPYTER_PORT')} (its token: JUPYTER_TOKEN in docker/stack.env), "
           f"MLflow http://127.0.0.1:{port('MLFLOW_PORT')}, Prefect http://127.0.0.1:{port('PREFECT_PORT')} (PREFECT_AUTH), "
           f"detection http://127.0.0.1:{port('API_PORT')} (NBS_SERVE_TOKEN)")

@@ -59,10 +59,14 @@ def batches(champion, conf, since):
 
 
 def sources(champion, conf, since, least):
-    "What there is to compare: name → (samples, boxes); and a line for each that was left out, or could not be read."
+    """What there is to compare: name → (samples, boxes); and a line for each that was left out, or could not be read.
+
+    Who asks for fewer boxes than the profile counts says nothing about drift: such requests are no part of it.
+    """
     there, small, out, failed = {}, ([], []), {}, []
     if url := asked():
-        try: there["live"] = logged(row for row in rows(url, since=since, version=champion[0]) if row["model"] == champion[1])
+        ours = lambda row: row["model"] == champion[1] and (row["conf"] or 0) <= conf
+        try: there["live"] = logged(filter(ours, rows(url, since=since, version=champion[0])))
         except WrongCall as error: failed.append(str(error))
     for folder, why in batches(champion, conf, since):
         name = str(folder.relative_to(ROOT))

@@ -543,6 +543,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nbs_lib.page._drawn': ('api/page.html#_drawn', 'nbs_lib/page.py'),
                               'nbs_lib.page._look': ('api/page.html#_look', 'nbs_lib/page.py'),
                               'nbs_lib.page._say': ('api/page.html#_say', 'nbs_lib/page.py'),
+                              'nbs_lib.page._start': ('api/page.html#_start', 'nbs_lib/page.py'),
                               'nbs_lib.page._told': ('api/page.html#_told', 'nbs_lib/page.py'),
                               'nbs_lib.page._update': ('api/page.html#_update', 'nbs_lib/page.py'),
                               'nbs_lib.page.address_of': ('api/page.html#address_of', 'nbs_lib/page.py'),

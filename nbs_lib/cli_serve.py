@@ -39,7 +39,7 @@ def _log(requests, days, pictures):
 @serve_app.command()
 def serve(
     host: Annotated[str, typer.Option(help='Address to listen on; 0.0.0.0 is every one.')] = '127.0.0.1',
-    port: Annotated[int, typer.Option(help='Port to listen on.')] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help='Port to listen on.')] = 8000,
     token: Annotated[str, typer.Option(envvar='NBS_SERVE_TOKEN', help='Opens /update-model and /requests. Default: a new one, which is printed.')] = None,
     model: Model = None,
     device: Device = 'auto',
@@ -69,6 +69,7 @@ def consume(
     requests: Requests = None,
     days: Days = 30,
     pictures: Pictures = None,
+    keep: Annotated[int, typer.Option(min=0, help='Answers that stay on their stream, about; 0: all, until Redis is full.')] = 10_000,
     redrive: Annotated[bool, typer.Option(help='First put the dead letters of the stream back on it.')] = False,
 ):
     "Answer pictures that come on a stream of Redis, each once, with the champion."
@@ -82,5 +83,5 @@ def consume(
         now = live.answering()
         return now.version, now.model, predict(now.detector, images, **{**now.limits, **asked})
 
-    consume(redis, detect, stream=stream, group=group, results=results, log=log)
+    consume(redis, detect, stream=stream, group=group, results=results, keep=keep, log=log)
     log.close()

@@ -207,7 +207,7 @@ def _logged(stream, m, outcome, seconds):
         row |= dict(width=width, height=height, brightness=brightness, contrast=contrast)
     if isinstance(outcome, (Refused, Fault)): return dict(row, code=outcome.code)
     version, model, boxes = outcome
-    return dict(row, version=version, model=model, boxes=rows_of(boxes))
+    return dict(row, version=version, model=model, boxes=rows_of(boxes), conf=dict(m.how).get('conf'))
 
 # %% ../notebooks/api/38_consume.ipynb #consume
 def consume(
@@ -221,7 +221,7 @@ def consume(
     batch: int = 8,              # most messages at a time
     idle: float = 60,            # after which a message that was taken and not answered is taken again [s]
     attempts: int = 5,           # after which a message becomes a dead letter
-    keep: int = 100_000,         # results that stay, about; 0: all
+    keep: int = 10_000,          # results that stay, about; 0: all
     delete: bool = True,         # messages that are answered, unless another group reads the stream
     limits: Limits = None,       # of pictures; None: the usual ones
     log=None,                    # RequestLog

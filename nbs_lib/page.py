@@ -39,10 +39,10 @@ class Service:
         raise WrongCall(why)
 
     def state(self):
-        "Which version answers, in Markdown."
+        "(which version answers, in Markdown; the thresholds that it was published with, None where there is no answer)."
         try: now = self.ask('GET', '/deployed_version/')
-        except WrongCall as e: return f'**No answers yet:** {e}'
-        return f"Version **{now['version']}** answers, on {now['runtime']}; it knows {', '.join(now['classes'])}."
+        except WrongCall as e: return f'**No answers yet:** {e}', None
+        return f"Version **{now['version']}** answers, on {now['runtime']}; it knows {', '.join(now['classes'])}.", now['limits']
 
     def predict(self, file, conf, iou):
         "(the answer to one picture, seconds)."
@@ -75,10 +75,18 @@ def _told(call):
     try: return call()
     except WrongCall as e: raise gr.Error(str(e), print_exception=False) from None
 
+def _start(service):
+    "(which version answers, its least score, its overlap)."
+    import gradio as gr
+    said, limits = service.state()
+    return said, *(limits[k] if limits else gr.skip() for k in ('conf', 'iou'))
+
 def _look(service, file, conf, iou):
-    "(picture with its boxes, table, outcome, id of the answer)."
+    "(picture with its boxes, table, outcome, id of the answer): of this picture, never of the one before."
+    import gradio as gr
     if not file: return None, [], 'Drop a picture first.', None
-    said, seconds = _told(lambda: service.predict(file, conf, iou))
+    try: said, seconds = service.predict(file, conf, iou)
+    except WrongCall as e: gr.Warning(str(e)); return None, [], str(e), None
     outcome = f"{len(said['boxes'])} boxes by version **{said['version']}** in {seconds:.2f} s"
     return _drawn(file, said['boxes']), rows_of(said['boxes']), outcome, said['id']
 
@@ -93,7 +101,8 @@ def _say(service, verdict, id, table):
     return f"Thank you: kept as {kept['written']}, for the next training." if kept['written'] else 'Thank you: it is noted with the answer.'
 
 def _update(service, version, token):
-    return f"Version **{_told(lambda: service.ask('POST', '/update-model', token, json=dict(version=version)))['version']}** answers now."
+    now = _told(lambda: service.ask('POST', '/update-model', token, json=dict(version=version)))['version']
+    return f'Version **{now}** answers now.', *_start(service)[1:]
 
 # %% ../notebooks/api/37_page.ipynb #page
 HOUR = 3600  # [s] after which pictures that were dropped or drawn go
@@ -119,11 +128,11 @@ def page(
         with gr.Accordion('Another version', open=False):
             version, token = gr.Textbox('champion', label='version or alias'), gr.Textbox(type='password', label='token of the service')
             switch = gr.Button('Let it answer')
-        for event in (picture.change, ask.click, conf.release, iou.release):
-            event(partial(_look, service), [picture, conf, iou], [drawn, table, outcome, id], api_visibility='private')
+        gr.on([picture.input, ask.click, conf.release, iou.release], partial(_look, service), [picture, conf, iou], [drawn, table, outcome, id],
+              trigger_mode='always_last', api_visibility='private')
         for verdict, button in verdicts.items(): button.click(partial(_say, service, verdict), [id, table], outcome, api_visibility='private')
-        blocks.load(service.state, None, state, api_visibility='private')
-        switch.click(partial(_update, service), [version, token], state, api_visibility='private')
+        blocks.load(partial(_start, service), None, [state, conf, iou], api_visibility='private')
+        switch.click(partial(_update, service), [version, token], [state, conf, iou], api_visibility='private')
     return blocks
 
 PLACE = '/page'

@@ -256,7 +256,7 @@ async def _answered(service, data, limits, begun):
     seconds = dict(decode=round(decoded - begun, 4), predict=round(total - decoded + begun, 4), total=round(total, 4))
     answers = []
     for (picture, row), d, (model, boxes) in zip(pictures, data, found):
-        row = dict(row, version=model.version, model=model.model, boxes=rows_of(boxes), seconds=total)
+        row = dict(row, version=model.version, model=model.model, boxes=rows_of(boxes), conf=limits.conf, seconds=total)
         service.log.put(row, d); service.recent.keep(row['id'], picture, boxes)
         said = [dict(zip((*EDGES, 'label', 'score'), r)) for r in row['boxes']]
         answers.append((picture, boxes, {k: row[k] for k in ('id', 'version', 'model', 'sha', 'width', 'height')} | dict(boxes=said)))

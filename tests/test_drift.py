@@ -71,6 +71,7 @@ def test_what_was_asked_of_the_service_drifted(scored, server):
     weights = read_json(scored/"data/models/model.json")["tensors"]
     for version, model, brightness in [("1", weights, 9.), ("2", weights, 90.), ("1", "of another registry", 90.)] * 40:
         log.put(dict(version=version, model=model, width=64, height=64, brightness=brightness, contrast=3., boxes=[], source="api"))
+    for _ in range(40): log.put(dict(version="1", model=weights, width=64, height=64, brightness=90., boxes=[], conf=.9, source="api"))  # asked for fewer boxes
     log.put(dict(code="unreadable_image"))
     log.close()
     said = drift(scored, server)

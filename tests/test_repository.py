@@ -1,5 +1,6 @@
 "Every notebook of the library runs, the library is what the notebooks export, and the notebooks are clean."
-import filecmp, json, re, shutil, subprocess, sys
+import filecmp, json, re, runpy, shutil, subprocess, sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,13 @@ def test_whoever_looks_at_requests_in_the_stack_knows_where_they_are():
     services = yaml.safe_load((ROOT/"docker/compose.yaml").read_text())["services"]
     log, = {services[name]["environment"].get("NBS_REQUESTS") for name in ("api", "consumer", "worker")}
     assert log.endswith("@postgres/requests") and "PREFECT_API_URL" in services["worker"]["environment"]
+
+
+@pytest.mark.parametrize("port, says", [("http", "API_PORT in docker/stack.env must be a port from 1 to 65535, not 'http'"), ("70000", "70000"), ("", "")])
+def test_a_port_of_the_stack_that_is_none_is_one_line(tmp_path, port, says):
+    "Said before Docker is asked for anything; an empty one is the default, as Compose has it."
+    stack = runpy.run_path(str(ROOT/"docker/stack.py"))
+    (tmp_path/"stack.env").write_text(f"API_PORT={port}\n")
+    there = dict.fromkeys(("jupyter", "mlflow", "prefect", "api", "redis"), dict(state="running"))
+    stack["check_ports"].__globals__.update(ENV=tmp_path/"stack.env", containers=lambda: there)
+    with pytest.raises(stack["Wrong"], match=says) if says else nullcontext(): stack["check_ports"]()

@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from conftest import wait
@@ -270,7 +271,8 @@ def test_what_people_get_wrong_at_the_start(two):
         taken.bind(("127.0.0.1", 0)); taken.listen()
         port = str(taken.getsockname()[1])
         for args, status, says in ((["--port", port], 2, "cannot be had"), (["--token", "short"], 2, "16 characters"),
-                                   (["--requests", "mysql://x"], 2, "sqlite:////")):
+                                   (["--requests", "mysql://x"], 2, "sqlite:////"),
+                                   (["--port", "65536"], 2, "65535"), (["--days", "0"], 2, "days says how long")):
             said = two.run("nbs", "serve", *args, status=status)
             assert says in said and "Traceback" not in said
 
@@ -282,16 +284,32 @@ def test_a_person_at_the_page(service, page, two, tmp_path):
     page.on("request", lambda r: elsewhere.append(r.url) if not re.match(r"(http://127\.0\.0\.1|blob:|data:)", r.url) else None)
     page.goto(f"{service.address}/page/")
     expect(page.get_by_text("answers, on")).to_contain_text("Version 1 answers")
-    file = sorted((two/"data/processed/images/test").iterdir())[0]
+    file, own = sorted((two/"data/processed/images/test").iterdir())[0], service.http.get("/deployed_version/").json()["limits"]
+    score, overlap = page.locator("input[type=number]").first, page.locator("input[type=number]").nth(1)
+    expect(score).to_have_value(str(own["conf"])); expect(overlap).to_have_value(str(own["iou"]))
+    rows = lambda: service.http.get("/requests", headers=HOLDER).json()
+    answer = service.predict(file.read_bytes()).json()["pictures"][0]
+    wait(lambda: answer["id"] in {r["id"] for r in rows()}, 10)
+    known = {r["id"] for r in rows()}
     page.locator("input[type=file]").first.set_input_files(file)
-    expect(page.get_by_text("by version")).to_contain_text("0 boxes by version 1")
-    score = page.locator("input[type=number]").first
+    expect(page.get_by_text("by version")).to_contain_text(f"{len(answer['boxes'])} boxes by version 1")
+    [asked] = wait(lambda: [r for r in rows() if r["id"] not in known], 10)
+    assert asked["conf"] == own["conf"]
     score.fill("0.00001"); score.press("Enter")
     page.get_by_role("button", name="Find objects").click()
     expect(page.get_by_text(re.compile(r"[1-9]\d* boxes by version 1"))).to_be_visible()
     page.get_by_role("button", name="Right", exact=True).click()
     expect(page.get_by_text("Thank you")).to_contain_text("feedback-")
     page.screenshot(path=os.environ.get("NBS_SCREENSHOTS", str(tmp_path)) + "/page.png")
+    Image.new("RGB", (8, 8)).save(small := tmp_path/"small.png")
+    count = lambda: sum(float(n) for n in re.findall(r'nbs_requests_total\{path="/predict/",.* (.*)', service.http.get("/metrics").text))
+    before = count()
+    page.get_by_label("Clear").or_(page.get_by_role("button", name="Remove Image")).first.click()
+    page.locator("input[type=file]").first.set_input_files(small)
+    expect(page.get_by_text("a side is less than 10").first).to_be_visible()
+    page.get_by_role("button", name="Right", exact=True).click()
+    expect(page.get_by_text("Ask about a picture first")).to_be_visible()
+    assert count() == before + 1
     page.get_by_text("Another version").click()
     page.get_by_label("token of the service").fill("a wrong one")
     page.get_by_role("button", name="Let it answer").click()
@@ -299,5 +317,6 @@ def test_a_person_at_the_page(service, page, two, tmp_path):
     page.get_by_label("version or alias").fill("2"); page.get_by_label("token of the service").fill(TOKEN)
     page.get_by_role("button", name="Let it answer").click()
     expect(page.get_by_text("Version 2 answers now")).to_be_visible()
+    expect(score).to_have_value(str(service.http.get("/deployed_version/").json()["limits"]["conf"]))
     assert service.http.post("/update-model", json=dict(version="1"), headers=HOLDER).status_code == 200 and not elsewhere
     shutil.rmtree(two/"data/incoming")
