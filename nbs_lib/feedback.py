@@ -6,50 +6,53 @@
 __all__ = ['Recent', 'Labels']
 
 # %% ../notebooks/api/37_feedback.ipynb #imports
-import threading
+import math
 from collections import OrderedDict
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from .boxes import Boxes, Sample
 from .config import replacing
+from .images import decode
 from .voc import voc_xml
 
 # %% ../notebooks/api/37_feedback.ipynb #recent
 class Recent(OrderedDict):
-    "id of an answer → (Picture, Boxes) of the last ones."
+    "id of an answer → (bytes of the picture as they came, its size, its hash, Boxes) of the last ones."
     def __init__(self,
         most: int = 64_000_000,  # bytes of pictures
     ):
         super().__init__()
         self.most, self.held = most, 0
 
-    def keep(self, id, picture, boxes):
-        self[id] = picture.data, picture.suffix, picture.size, picture.sha, boxes
-        self.held += len(picture.data)
+    def keep(self, id, data, picture, boxes):
+        self[id] = data, picture.size, picture.sha, boxes
+        self.held += len(data)
         while self.held > self.most: self.held -= len(self.popitem(last=False)[1][0])
 
 # %% ../notebooks/api/37_feedback.ipynb #labels
 class Labels:
-    "Labelled pictures that people make."
+    "Labelled pictures that people make, one after the other."
     def __init__(self,
         folder: Path,    # for batches
         recent: Recent,  # answers that people may speak of
-    ): self.folder, self.recent, self.of, self.lock = Path(folder), recent, {}, threading.Lock()  # of: file → id of the answer that wrote it
+    ): self.folder, self.recent, self.of = Path(folder), recent, {}  # of: file → id of the answer that wrote it
 
     def keep(self, id, kept, boxes):
         "Write what is on the picture of an answer, as `Recent` kept it; None: nobody knows. Its notes, or None. Raises `OSError`."
-        data, suffix, size, sha, _ = kept
-        day = self.folder/f'feedback-{datetime.now(timezone.utc):%Y-%m-%d}'
-        picture, notes = day/f'JPEGImages/{sha}{suffix}', day/f'Annotations/{sha}.xml'
-        files = {} if boxes is None else {picture: data, notes: voc_xml(Sample(picture, boxes, size)).encode()}
-        with self.lock:
-            for file, content in files.items():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(file) as tmp: tmp.write_bytes(content)
-            for file in (f for f, of in self.of.items() if of == id and f not in files): _take_back(file)
-            self.of = {f: of for f, of in self.of.items() if of != id and of in self.recent} | dict.fromkeys(files, id)
-        return notes if files else None
+        files = {} if boxes is None else self._files(kept, boxes)
+        for file, content in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as tmp: tmp.write_bytes(content)
+        for file in (f for f, of in self.of.items() if of == id and f not in files): _take_back(file)
+        self.of = {f: of for f, of in self.of.items() if of != id and of in self.recent} | dict.fromkeys(files, id)
+        return list(files)[-1] if files else None
+
+    def _files(self, kept, boxes):
+        data, size, sha, _ = kept
+        day, picture = self.folder/f'feedback-{datetime.now(timezone.utc):%Y-%m-%d}', decode(data, max_pixels=math.prod(size), sha=sha)
+        file = day/f'JPEGImages/{sha}{picture.suffix}'
+        return {file: picture.data, day/f'Annotations/{sha}.xml': voc_xml(Sample(file, boxes, size)).encode()}
 
 def _take_back(file):
     file.unlink(missing_ok=True)

@@ -78,6 +78,12 @@ def _table():
     kinds = {_text: Text(), int: BigInteger(), float: Float(53), _utc: DateTime(timezone=True), _boxes: JSON(none_as_null=True)}
     return Table('requests', MetaData(), *(Column(k, kinds[kind], primary_key=k == 'id', index=k in ('time', 'sha')) for k, kind in COLUMNS.items()))
 
+def _grow(engine, missing):
+    "Give the table the columns that it lacks."
+    from sqlalchemy.schema import CreateColumn
+    with engine.begin() as connection:
+        for k in missing: connection.exec_driver_sql(f'ALTER TABLE requests ADD COLUMN {CreateColumn(_table().c[k]).compile(dialect=engine.dialect)}')
+
 # %% ../notebooks/api/25_requestlog.ipynb #database
 class _Database:
     "The table of requests at an address; connects when it is asked something."
@@ -110,16 +116,13 @@ class _Database:
 
     def _look(self, make):
         from sqlalchemy import inspect
-        from sqlalchemy.schema import CreateColumn
         if self.kind == 'sqlite' and not make and not Path(self.file).exists(): raise WrongCall(f'{self.name}: there is no such request log')
         if self.kind == 'sqlite': Path(self.file).parent.mkdir(parents=True, exist_ok=True)
         if make: _table().create(self.engine, checkfirst=True)
         there = {c['name'] for c in inspect(self.engine).get_columns('requests')}
         if (missing := [k for k in COLUMNS if k not in there]) and not LATER.issuperset(missing):
             raise WrongCall(f"{self.name}: its table `requests` is another one, without {', '.join(missing)}: name another database, or rename that table")
-        with self.engine.begin() as connection:
-            for k in missing:
-                connection.exec_driver_sql(f'ALTER TABLE requests ADD COLUMN {CreateColumn(_table().c[k]).compile(dialect=self.engine.dialect)}')
+        _grow(self.engine, missing)
         for index in _table().indexes if make else (): index.create(self.engine, checkfirst=True)  # a kill may have come between the two
         self.known = True
 

@@ -133,7 +133,7 @@ class Service:
     def __post_init__(self):
         if len(self.token) < 16: raise WrongCall('the token of the service needs 16 characters or more')
         self.meters, self.pool, self.room = Meters(self), ThreadPoolExecutor(cores()), Room(self.bounds.held)
-        self.labels, self.asking = Labels(self.incoming, self.recent), None
+        self.labels, self.said, self.asking = Labels(self.incoming, self.recent), ThreadPoolExecutor(1), None
 
     async def versions(self):
         "What `Live.versions` gives. Who asks meanwhile gets the same: of a store that hangs, each would hold a thread."
@@ -257,7 +257,7 @@ async def _answered(service, data, limits, begun):
     answers = []
     for (picture, row), d, (model, boxes) in zip(pictures, data, found):
         row = dict(row, version=model.version, model=model.model, boxes=rows_of(boxes), conf=limits.conf, seconds=total)
-        service.log.put(row, d); service.recent.keep(row['id'], picture, boxes)
+        service.log.put(row, d); service.recent.keep(row['id'], d, picture, boxes)
         said = [dict(zip((*EDGES, 'label', 'score'), r)) for r in row['boxes']]
         answers.append((picture, boxes, {k: row[k] for k in ('id', 'version', 'model', 'sha', 'width', 'height')} | dict(boxes=said)))
     return answers, seconds
@@ -302,7 +302,7 @@ def keep_feedback(
 ) -> dict:           # written: the file's name, or None where there is nothing to learn from
     "Keep what a person said of an answer. Raises `Refusal` for an answer that is not known any more, and for boxes that cannot be."
     if not (kept := service.recent.get(said.id)): raise Refusal(404, 'unknown_answer', f'there is no answer {said.id!r}, or none any more: ask again')
-    *_, size, _, found = kept
+    _, size, _, found = kept
     boxes = found if said.verdict == 'right' else _corrected(said.boxes, size, service.live.now.detector.names) if said.verdict == 'corrected' else None
     try: written = service.labels.keep(said.id, kept, boxes)
     except OSError as e: raise Refusal(503, 'not_kept', f'nothing was kept: its folder cannot be written: {e.strerror}', retry=5) from None
@@ -343,9 +343,9 @@ def requests(service: Shared, limit: Annotated[int, Query(ge=1, le=1000)] = 100)
     except WrongCall as e: raise Refusal(503, 'log_down', str(e), retry=5) from None
 
 @router.post('/feedback/', tags=['predict'], responses={404: dict(model=Wrong)})
-def feedback(service: Shared, said: Feedback) -> dict:
+async def feedback(service: Shared, said: Feedback) -> dict:
     "Say that an answer was right, wrong, or what it should have been: it becomes labelled data for the next training."
-    return keep_feedback(service, said)
+    return await asyncio.get_running_loop().run_in_executor(service.said, keep_feedback, service, said)
 
 # %% ../notebooks/api/38_serve.ipynb #listen
 def listen(

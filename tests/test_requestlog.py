@@ -94,6 +94,12 @@ def test_a_table_that_is_dropped_is_made_again_and_a_bad_row_takes_none_with_it(
     wait(lambda: not log.counts["waiting"], 60)
     assert (log.counts, [r["version"] for r in rows(postgres.url, since=LONG_AGO)]) == (dict(written=5, dropped=1, waiting=0), ["a0", "a1", "a2", "a4"])
     log.close()
+    with log.db.engine.begin() as connection: connection.exec_driver_sql("ALTER TABLE requests DROP COLUMN conf")  # as an older version made it
+    assert [r["conf"] for r in rows(postgres.url, since=LONG_AGO)] == [None] * 4
+    log = RequestLog(postgres.url)
+    log.put(dict(ROW, id="f" * 32, conf=.25))
+    log.close(30)
+    assert log.find("f" * 32)["conf"] == .25
     with pytest.raises(WrongCall, match="password authentication failed") as refused:
         next(rows(postgres.url.replace("geheim", "Gehe1m"), since=LONG_AGO))
     assert "Gehe1m" not in str(refused.value)
