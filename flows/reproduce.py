@@ -13,7 +13,7 @@ from flows.home import ROOT
 from flows.reaper import leash
 from flows.stage import end_survivors
 from nbs_lib.config import WrongCall, file_digest, params, read_json, read_yaml, tracking_uri
-from nbs_lib.registry import download, find
+from nbs_lib.registry import download, find, stored
 from nbs_lib.store import asking, connect
 
 CODE = "nbs_lib/", "notebooks/"
@@ -42,8 +42,9 @@ def attached(client, version, folder):
             if name in there: client.download_artifacts(version.run_id, name, str(folder))
     missing = sorted({"params.yaml", "dvc.lock", "reports"} - there)
     if missing: raise WrongCall(f"run {version.run_id} keeps no {' and no '.join(missing)}: it was never published")
+    if not stored(client, version): return  # what its run keeps may be that of a later version of these weights
     own = download(client, version.name, version.version, folder/"bundle")/"origin"
-    if own.is_dir(): shutil.copytree(own, folder, dirs_exist_ok=True)  # the run tells of the version of these weights that was published last
+    if own.is_dir(): shutil.copytree(own, folder, dirs_exist_ok=True)
 
 
 def lay_out(tags, kept, folder):

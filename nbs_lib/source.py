@@ -16,6 +16,7 @@ from pathlib import Path
 from .boxes import Boxes, Sample
 from .config import WrongCall
 from .deadletter import Fault, Letter, Patches
+from .images import one_channel
 from .stream import LONGEST
 
 # %% ../notebooks/api/05_source.ipynb #fault
@@ -137,7 +138,7 @@ class Tree:
 
 # %% ../notebooks/api/05_source.ipynb #is-mask
 LOSSLESS = {'.png', '.gif', '.bmp', '.tif', '.tiff'}
-MASKS = re.compile(r'(\w*_)?masks|mask|segmentation\w*|trimaps|gt|ground_?truth|labels|annotations', re.I)
+MASKS = re.compile(r'(\w*_)?masks|mask|segmentation\w*', re.I)
 
 def kinds_of(
     pictures: list, # of paths
@@ -153,9 +154,10 @@ def is_mask(
     kinds: dict,    # as of `kinds_of`, of the pictures that have its name and that something is said of
 ) -> bool:
     "Whether a picture that nothing is said of is the mask of one of them."
-    kind, here = picture.suffix.lower(), kinds.get(picture.parent, ())
-    if here and kind in LOSSLESS and kind not in here: return True
-    return bool(kinds) and any(map(MASKS.fullmatch, tree.relative(picture).split('/')[:-1]))
+    if not kinds: return False
+    kind, here = picture.suffix.lower(), kinds.get(picture.parent)
+    if kind in LOSSLESS and kind not in (here or set().union(*kinds.values())) and (here or one_channel(picture)): return True
+    return any(map(MASKS.fullmatch, tree.relative(picture).split('/')[:-1]))
 
 # %% ../notebooks/api/05_source.ipynb #split-in
 @lru_cache(1000)

@@ -39,7 +39,8 @@ def shown(
     uri: str,  # of a store
 ) -> str:      # the same without user and password
     "An address as it may be read by others: notebooks are kept, and published."
-    return re.sub('//.*@', '//…@', uri)  # a password may hold any of them
+    inside = '[^/?#]*' if uri.startswith('http') else '[^?#]*'  # SQLAlchemy takes a slash in a password as it is
+    return re.sub(rf'^([\w+.-]+://)(?!/){inside}@', r'\1…@', uri)
 
 def _told(uri, text):
     "What went wrong with a store, and what to do."

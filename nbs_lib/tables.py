@@ -48,8 +48,9 @@ def columns_of(
     taken = [found[e] for e in ours]
     odd = {k for k in found if k not in ours and (k in sum(FORMS.values(), ()) or k in ('width', 'height') and found[k] in taken)}
     if found.get('picture') == found.get('label') and 'label' not in given: odd.add('label')
-    corners = [there.get(f'{axis}{i}') for i in range(1, 5) for axis in 'xy'] if form == 'xyxy' and not given.keys() & ours else [None]
-    return {k: c for k, c in found.items() if k not in odd} | dict(form=form, partly=partly) | ({} if None in corners else dict(corners=corners))
+    corners = [there.get(f'{axis}{i}') for i in range(1, 5) for axis in 'xy']
+    four = form == 'xyxy' and None not in corners and {found[e] for e in ours} <= {*corners}
+    return {k: c for k, c in found.items() if k not in odd} | dict(form=form, partly=partly) | (dict(corners=corners) if four else {})
 
 # %% ../notebooks/api/09_tables.ipynb #edges
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def edges_of(
         record, columns = inner, columns_of(tuple(inner))
         if (columns['form'], form) == ('xywh', 'cxcywh'):
             columns, record = {'form': None, 'box': 'box'}, {'box': [inner[columns[k]] for k in 'xywh']}
-    if columns.get('corners'):
+    if any(record[c] not in (None, '') for c in columns.get('corners', ())[4:]):
         corners = np.array(numbers([_number(record[c]) for c in columns['corners']], 8)).reshape(4, 2)
         return np.concatenate([corners.min(0), corners.max(0)])
     if columns['form']:

@@ -7,7 +7,7 @@ __all__ = ['UTF8', 'read_voc', 'write_voc', 'voc_xml']
 
 # %% ../notebooks/api/07_voc.ipynb #imports
 import os, re, shutil
-from contextlib import suppress
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -42,28 +42,31 @@ def read_voc(
     for path in files:
         items = [*_voc_file(reading, path, sets, partial(_voc_box, one_based=one_based))]
         if not any(isinstance(item, Found) for item in items):
-            with suppress(Fault): silent.add(_namesake(tree, path))
+            try: silent.add(_namesake(tree, path))
+            except Fault: silent.update(map(tree.real, _of_name(tree, path)))  # which one nobody can tell
         yield from items
     yield None  # what a person put in place of a picture is known before it is said that nothing names it
     kinds = kinds_of(reading.named)
     for picture in reading.left():
-        if picture in silent or is_mask(tree, picture, kinds[fold(picture.stem)]): continue
+        if tree.real(picture) in silent or is_mask(tree, picture, kinds[fold(picture.stem)]): continue
         yield unlabelled(reading, picture, background, 'no XML file names this picture')
     yield from unread(reading, closed)
 
 def _image_sets(tree):
-    "(folder, name) → split, as ImageSets/*/{train,val,test}.txt in that folder have it: those in Main before all others, then the test part."
-    sets = {}
+    """(folder, name) → split, as ImageSets/*/{train,val,test}.txt in that folder have it: those in Main before all others, then the test part.
+    (None, name) where only one folder lists it."""
+    sets, folders = {}, defaultdict(set)
     for main, split in product((False, True), ('train', 'val', 'test')):
         for f in (f for f in tree.files if f.name == f'{split}.txt' and 'ImageSets' in f.parts and main == (f.parent.name == 'Main')):
             folder = Path(*f.parts[:f.parts.index('ImageSets')])
-            with open(f, encoding='utf-8-sig', errors='replace') as lines: sets.update(((folder, _listed(line)), split) for line in lines)
-    return sets
+            with open(f, encoding='utf-8-sig', errors='replace') as lines: sets.update(((folder, _listed(tree, line)), split) for line in lines)
+    for folder, name in sets: folders[name].add(folder)
+    return sets | {(None, name): sets[folder, name] for name, [folder, *more] in folders.items() if not more}
 
-def _listed(line):
-    "The picture that a line names, maybe with its ending, and with 1 or -1 for whether something is on it."
-    name = Path(re.sub(r'\s+-?[01]$', '', line.strip()))
-    return fold(name.stem if name.suffix.lower() in PICTURES else name.name)
+def _listed(tree, line):
+    "The picture that a line names, maybe with its ending, and maybe with a number: whether something is on it, or which object is meant."
+    def stem(text): return fold(os.path.splitext(text)[0] if os.path.splitext(text)[1].lower() in PICTURES else text)
+    return whole if (whole := stem(line.strip())) in tree.by_stem else stem(re.sub(r'\s+-?\d+$', '', line.strip()))
 
 # %% ../notebooks/api/07_voc.ipynb #parsed
 UTF8 = re.compile(rb'<\?xml[^>]*encoding=.utf-8.', re.I)
@@ -85,7 +88,7 @@ def _voc_file(reading, path, sets, parse):
     yield from bad
     if not where: return (yield replace(picture, boxes=len(good)))
     stated = tuple(root.findtext(f'size/{k}') for k in ('width', 'height'))
-    split = next((sets[key] for folder in path.parents if (key := (folder, fold(path.stem))) in sets), None) or split_in(os.path.dirname(file))
+    split = next((sets[key] for folder in (*path.parents, None) if (key := (folder, fold(path.stem))) in sets), None) or split_in(os.path.dirname(file))
     yield sample_of(picture, good, reading.name, file, None, split, stated=stated, where=where, bad=len(bad), parse=parse,
                     find=lambda record: reading.find(record['picture'], path))
 

@@ -62,7 +62,7 @@ def _beside(tree, picture):
     return next((f for n in (IMAGES.sub(r'\1/labels/', name), name) if (f := _own(tree, picture, n))), None)
 def _flat(tree, picture): return _own(tree, picture, f'/labels/{os.path.basename(_name(tree, picture))}', anywhere=True)
 
-def _of_name(tree, picture): return [p for p in tree.by_stem[fold(picture.stem)] if p.suffix.lower() in PICTURES]
+def _of_name(tree, picture): return (p for p in tree.by_stem[fold(picture.stem)] if p.suffix.lower() in PICTURES)
 def _own(tree, picture, name, anywhere=False):
     "The file of this name, unless it is that of a picture that is called just so."
     file = tree.called(f'{tree.root}{name}')
@@ -75,10 +75,13 @@ def _kinds(tree):
 
 # %% ../notebooks/api/08_yolo.ipynb #parts
 def _parts(tree, lists):
-    "Split by picture, for pictures that exactly one part of a data.yaml names."
+    "Split by picture, for pictures that exactly one part names."
+    named = _told(tree, [(f, read_yaml(f)) for f, names in lists if names and f.suffix.lower() in ('.yaml', '.yml')])
+    return _told(tree, [(f, _darknet(f)) for f in tree.endswith('.data')]) | named
+
+def _told(tree, files):
     found = {}
-    yamls = [(f, read_yaml(f)) for f, names in lists if names and f.suffix.lower() in ('.yaml', '.yml')]
-    for file, content in yamls + [(f, _darknet(f)) for f in tree.endswith('.data')]:
+    for file, content in files:
         base = file.parent/str(content.get('path') or '.')
         for key in ('train', 'val', 'valid', 'validation', 'test'):
             entries, part = content.get(key) or [], split_in(key)
@@ -126,7 +129,9 @@ def read_yolo(
         split = parts[picture] if picture in parts else split_in(os.path.dirname(file))
         used.add(label)
         if label: yield from _label_file(reading, picture, label, split, classes, parse)
-        elif not is_mask(tree, picture, kinds()[fold(picture.stem)]): yield unlabelled(reading, picture, background, 'there is no label file', split)
+        elif not is_mask(tree, picture, kinds()[fold(picture.stem)]):
+            several = (flat := _flat(tree, picture)) and f'{tree.relative(flat)} may be that of several pictures'
+            yield unlabelled(reading, picture, background and not flat, several or 'there is no label file', split)
     for label in tree.endswith('.txt'):
         if label not in used and (lines := _orphan(label, tree)) is not None:
             yield reading.letter('missing_image', 'picture', label, 'no picture belongs to this label file', boxes=len(lines))

@@ -35,7 +35,8 @@ def test_clean_leaves_what_nobody_can_make_again(tmp_path):
         (tmp_path/"data"/file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/"data"/file).write_text("")
     (tmp_path/"data/runs/latest").symlink_to("1")
-    clean = lambda: subprocess.run(["make", "-f", ROOT/"Makefile", "clean"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    words = "make", "--no-print-directory", "-f", ROOT/"Makefile", "clean"
+    clean = lambda: subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     left = lambda: sorted(str(p.relative_to(tmp_path/"data")) for p in (tmp_path/"data").rglob("*") if not p.is_dir() or p.is_symlink())
     assert clean() == "clean: data/runs/1/edited stays, the only copy of what somebody edited\n"
     assert left() == ["raw/cells/a.jpg", "runs/1/edited/data/models/best.pt"]

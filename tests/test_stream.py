@@ -39,7 +39,7 @@ class Server:
         self.start()
 
     def start(self):
-        words = dict(port=self.port, bind="127.0.0.1", dir=self.folder, requirepass="geheim", appendonly="yes", save="")
+        words = dict(port=self.port, bind="127.0.0.1", dir=self.folder, requirepass="geheim", appendonly="yes", appendfsync="always", save="")
         self.process = subprocess.Popen(["redis-server", *(str(w) for k, v in words.items() for w in (f"--{k}", v))], stdout=subprocess.DEVNULL)
         def answers():
             with suppress(RedisError): return self.redis.ping()
