@@ -61,7 +61,7 @@ def batches(champion, conf, since):
 def sources(champion, conf, since, least):
     """What there is to compare: name → (samples, boxes); and a line for each that was left out, or could not be read.
 
-    Who asks for fewer boxes than the profile counts says nothing about drift: such requests are no part of it.
+    Who asks for a higher least score than the profile's says nothing about drift: such requests are no part of it.
     """
     there, small, out, failed = {}, ([], []), {}, []
     if url := asked():

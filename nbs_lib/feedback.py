@@ -11,6 +11,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from threading import Lock
 from .boxes import Boxes, Sample
 from .config import replacing
 from .images import decode
@@ -32,29 +33,42 @@ class Recent(OrderedDict):
 
 # %% ../notebooks/api/37_feedback.ipynb #labels
 class Labels:
-    "Labelled pictures that people make, one after the other."
+    "Labelled pictures that people make, one at a time."
     def __init__(self,
         folder: Path,    # for batches
         recent: Recent,  # answers that people may speak of
-    ): self.folder, self.recent, self.of = Path(folder), recent, {}  # of: file → id of the answer that wrote it
+    ): self.folder, self.recent, self.lock, self.of = Path(folder), recent, Lock(), {}  # of: hash of a picture → ({id of an answer: Boxes}, files)
 
     def keep(self, id, kept, boxes):
         "Write what is on the picture of an answer, as `Recent` kept it; None: nobody knows. Its notes, or None. Raises `OSError`."
-        files = {} if boxes is None else self._files(kept, boxes)
-        for file, content in files.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as tmp: tmp.write_bytes(content)
-        for file in (f for f, of in self.of.items() if of == id and f not in files): _take_back(file)
-        self.of = {f: of for f, of in self.of.items() if of != id and of in self.recent} | dict.fromkeys(files, id)
-        return list(files)[-1] if files else None
+        with self.lock:
+            before, old = self.of.get(sha := kept[2], ({}, []))
+            said = {k: v for k, v in before.items() if k != id} | ({} if boxes is None else {id: boxes})
+            files = self._written(kept, [*said.values()][-1]) if said else []
+            for file in set(old) - set(files): _take_back(file)
+            self.of = {k: v for k, v in {**self.of, sha: (said, files)}.items() if any(i in self.recent for i in v[0])}
+        return None if boxes is None else files[-1]
 
-    def _files(self, kept, boxes):
+    def _written(self, kept, boxes):
+        "The files of a picture: all of them, or none that was not there."
+        contents = self._contents(kept, boxes)
+        new = [f for f in contents if not f.exists()]
+        try:
+            for file, content in contents.items():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(file) as tmp: tmp.write_bytes(content)
+        except OSError:
+            for file in new: _take_back(file)
+            raise
+        return [*contents]
+
+    def _contents(self, kept, boxes):
         data, size, sha, _ = kept
         day, picture = self.folder/f'feedback-{datetime.now(timezone.utc):%Y-%m-%d}', decode(data, max_pixels=math.prod(size), sha=sha)
         file = day/f'JPEGImages/{sha}{picture.suffix}'
         return {file: picture.data, day/f'Annotations/{sha}.xml': voc_xml(Sample(file, boxes, size)).encode()}
 
 def _take_back(file):
-    file.unlink(missing_ok=True)
+    with suppress(OSError): file.unlink()  # taken, or never there
     for folder in file.parents[:2]:
         with suppress(OSError): folder.rmdir()  # others are in it

@@ -50,7 +50,7 @@ class Live:
         device: str = 'auto', # auto, cpu, 0
     ):
         self.home, self.connect, self.name, self.device, self.lock = Path(home), connect, name, device, threading.Lock()
-        self.now, self.why, self.followed, self.switches = None, 'it is loading', None, 0
+        self.now, self.why, self.followed, self.failed, self.switches = None, 'it is loading', None, None, 0
 
     def answering(self):
         "The `Loaded` that answers now. Raises `WrongCall`, with why, where there is none yet."
@@ -68,9 +68,10 @@ class Live:
         "Let a version answer; the `Loaded`. Raises `WrongCall` where there is none, the store is down or it does not load; then the one before goes on."
         with self.lock:
             found = find(client := self.connect(), self.name, version)
+            if version == 'champion': self.failed = _which(found)
             if not self.now or _which(self.now) != _which(found):
                 self._become(download(client, self.name, found.version, self.home/f'version-{found.version}'))
-            if version == 'champion': self.followed = _which(found)
+            if self.failed: self.followed, self.failed = self.failed, None  # it answers, or a person named another, as it did not load
             write_json(self.home/'last.json', dict(version=found.version, followed=self.followed))
             return self.now
 

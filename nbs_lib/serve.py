@@ -133,7 +133,7 @@ class Service:
     def __post_init__(self):
         if len(self.token) < 16: raise WrongCall('the token of the service needs 16 characters or more')
         self.meters, self.pool, self.room = Meters(self), ThreadPoolExecutor(cores()), Room(self.bounds.held)
-        self.labels, self.said, self.asking = Labels(self.incoming, self.recent), ThreadPoolExecutor(1), None
+        self.labels, self.asking = Labels(self.incoming, self.recent), None
 
     async def versions(self):
         "What `Live.versions` gives. Who asks meanwhile gets the same: of a store that hangs, each would hold a thread."
@@ -146,7 +146,7 @@ router = APIRouter()
 def _paths(bounds):
     "What `Bounded` has to know. The page's streams stay open as long as the page does, so they are no requests that are worked on."
     small, upload = (bounds.small, False), (bounds.bytes + bounds.small, False)
-    return {'/predict': (bounds.body, True), f'{PLACE}/gradio_api/upload': upload, PLACE: small, '/health/': small, '/metrics': small}
+    return {'/predict': (bounds.body, True), f'{PLACE}/gradio_api/upload': upload, PLACE: small, '/feedback/': small, '/health/': small, '/metrics': small}
 
 def create_app(
     service: Service,
@@ -343,9 +343,9 @@ def requests(service: Shared, limit: Annotated[int, Query(ge=1, le=1000)] = 100)
     except WrongCall as e: raise Refusal(503, 'log_down', str(e), retry=5) from None
 
 @router.post('/feedback/', tags=['predict'], responses={404: dict(model=Wrong)})
-async def feedback(service: Shared, said: Feedback) -> dict:
+def feedback(service: Shared, said: Feedback) -> dict:
     "Say that an answer was right, wrong, or what it should have been: it becomes labelled data for the next training."
-    return await asyncio.get_running_loop().run_in_executor(service.said, keep_feedback, service, said)
+    return keep_feedback(service, said)
 
 # %% ../notebooks/api/38_serve.ipynb #listen
 def listen(
