@@ -43,8 +43,8 @@ def attached(client, version, folder):
     missing = sorted({"params.yaml", "dvc.lock", "reports"} - there)
     if missing: raise WrongCall(f"run {version.run_id} keeps no {' and no '.join(missing)}: it was never published")
     if not stored(client, version): return  # what its run keeps may be that of a later version of these weights
-    own = download(client, version.name, version.version, folder/"bundle")/"origin"
-    if own.is_dir(): shutil.copytree(own, folder, dirs_exist_ok=True)
+    origin = download(client, version.name, version.version, folder/"bundle")/"origin"
+    if origin.is_dir(): shutil.copytree(origin, folder, dirs_exist_ok=True)
 
 
 def lay_out(tags, kept, folder):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JOINERS', 'PICTURES', 'LOSSLESS', 'MASKS', 'need', 'numbers', 'is_name', 'bytes_of', 'text_of', 'fold', 'is_true',
-           'Tree', 'kinds_of', 'is_mask', 'split_in', 'picture_of', 'likeliest', 'Found', 'sample_of', 'Naming',
-           'Reading', 'unread', 'unlabelled']
+           'Tree', 'namesakes', 'kinds_of', 'is_mask', 'split_in', 'picture_of', 'likeliest', 'Found', 'sample_of',
+           'Naming', 'Reading', 'unread', 'unlabelled']
 
 # %% ../notebooks/api/05_source.ipynb #imports
 import os, re, unicodedata
@@ -139,6 +139,13 @@ class Tree:
 # %% ../notebooks/api/05_source.ipynb #is-mask
 LOSSLESS = {'.png', '.gif', '.bmp', '.tif', '.tiff'}
 MASKS = re.compile(r'(\w*_)?masks|mask|segmentation\w*', re.I)
+
+def namesakes(
+    tree: Tree, # the source
+    path: Path, # of a file in it
+):              # yields paths
+    "The pictures that have its name, whatever their ending."
+    return (f for f in tree.by_stem[fold(path.stem)] if f.suffix.lower() in PICTURES)
 
 def kinds_of(
     pictures: list, # of paths

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from .boxes import EDGES, Sample
 from .config import WrongCall
 from .deadletter import Fault, Letter, Patches
-from .source import (PICTURES, Found, Reading, bytes_of, fold, is_mask, is_name, kinds_of, likeliest, need, numbers, sample_of, split_in,
-                            unlabelled, unread)
+from .source import (PICTURES, Found, Reading, bytes_of, fold, is_mask, is_name, kinds_of, likeliest, namesakes, need, numbers, sample_of,
+                            split_in, unlabelled, unread)
 
 # %% ../notebooks/api/07_voc.ipynb #read-voc
 def read_voc(
@@ -43,7 +43,7 @@ def read_voc(
         items = [*_voc_file(reading, path, sets, partial(_voc_box, one_based=one_based))]
         if not any(isinstance(item, Found) for item in items):
             try: silent.add(_namesake(tree, path))
-            except Fault: silent.update(map(tree.real, _of_name(tree, path)))  # which one nobody can tell
+            except Fault: silent.update(map(tree.real, namesakes(tree, path)))  # which one nobody can tell
         yield from items
     yield None  # what a person put in place of a picture is known before it is said that nothing names it
     kinds = kinds_of(reading.named)
@@ -98,17 +98,15 @@ def _voc_picture(reading, path, record):
     try:
         if record['filename']: return reading.find(record['filename'], path)
     except Fault as e:
-        if e.code != 'missing_image' or not _of_name(reading.tree, path): raise
+        if e.code != 'missing_image' or not any(namesakes(reading.tree, path)): raise
     found = _namesake(reading.tree, path)
     reading.named.add(found)
     return found
 
 def _namesake(tree, path):
     "The picture that has the XML's own name. Raises `Fault` where there is none, or a tie."
-    if not (same := _of_name(tree, path)): raise Fault('missing_image', f'it names no picture, and none is called {path.stem}')
+    if not (same := [*namesakes(tree, path)]): raise Fault('missing_image', f'it names no picture, and none is called {path.stem}')
     return likeliest(tree, [p for p in same if p.parent.name in ('JPEGImages', 'images')] or same, path)
-
-def _of_name(tree, path): return [p for p in tree.by_stem[fold(path.stem)] if p.suffix.lower() in PICTURES]
 
 def _voc_root(path):
     try: root = _parsed(bytes_of(path))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .boxes import Sample, join, to_yolo
 from .config import WrongCall, cores, read_yaml, write_yaml
 from .deadletter import Fault, Letter, Patches
-from .source import PICTURES, Reading, Tree, fold, is_mask, is_name, kinds_of, numbers, sample_of, split_in, text_of, unlabelled, unread
+from .source import PICTURES, Reading, Tree, fold, is_mask, is_name, kinds_of, namesakes, numbers, sample_of, split_in, text_of, unlabelled, unread
 from .stream import LONGEST
 
 # %% ../notebooks/api/08_yolo.ipynb #class-lists
@@ -48,7 +48,7 @@ def label_of(
     "The label file of a picture."
     if (own := _beside(tree, picture)) or not (flat := _flat(tree, picture)): return own
     mine, others = {picture.parent: {picture.suffix.lower()}}, []
-    for p in _of_name(tree, picture):
+    for p in namesakes(tree, picture):
         if p == picture or (_beside(tree, p) or _flat(tree, p)) != flat: continue
         if not is_mask(tree, p, mine): return None  # the first one tells: frames of many films have one name
         others.append(p)
@@ -62,12 +62,11 @@ def _beside(tree, picture):
     return next((f for n in (IMAGES.sub(r'\1/labels/', name), name) if (f := _own(tree, picture, n))), None)
 def _flat(tree, picture): return _own(tree, picture, f'/labels/{os.path.basename(_name(tree, picture))}', anywhere=True)
 
-def _of_name(tree, picture): return (p for p in tree.by_stem[fold(picture.stem)] if p.suffix.lower() in PICTURES)
 def _own(tree, picture, name, anywhere=False):
     "The file of this name, unless it is that of a picture that is called just so."
     file = tree.called(f'{tree.root}{name}')
     if not file or file.stem == picture.stem: return file
-    return None if any(p.stem == file.stem for p in _of_name(tree, picture) if anywhere or p.parent == picture.parent) else file
+    return None if any(p.stem == file.stem for p in namesakes(tree, picture) if anywhere or p.parent == picture.parent) else file
 
 def _kinds(tree):
     "As `kinds_of`, of the pictures with a label file."
